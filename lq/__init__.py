@@ -1,0 +1,55 @@
+"""Lightning Quantization: from a Lightning model to a verified INT8 engine."""
+
+from typing import TYPE_CHECKING, Any
+
+from lq.calibration import calibrate
+from lq.quantizer import Mode, Quantizer
+from lq.spec import QuantSpec, Recipe, Rule
+from lq.state import load_from_checkpoint
+from lq.surgery import dequantize, quantize
+
+if TYPE_CHECKING:
+    from lq.engines import open_engine
+    from lq.evaluation import evaluate
+    from lq.export import build_engine, export_onnx
+    from lq.module import QuantModule
+    from lq.parity import parity
+
+__version__ = "0.1.0"
+__all__ = [
+    "Mode",
+    "QuantModule",
+    "QuantSpec",
+    "Quantizer",
+    "Recipe",
+    "Rule",
+    "build_engine",
+    "calibrate",
+    "dequantize",
+    "evaluate",
+    "export_onnx",
+    "load_from_checkpoint",
+    "open_engine",
+    "parity",
+    "quantize",
+]
+
+# Resolved on first use, so that `import lq` imports neither lightning nor onnx.
+_LAZY = {
+    "QuantModule": "lq.module",
+    "build_engine": "lq.export",
+    "evaluate": "lq.evaluation",
+    "export_onnx": "lq.export",
+    "open_engine": "lq.engines",
+    "parity": "lq.parity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "callbacks":
+        return importlib.import_module("lq.callbacks")
+    raise AttributeError(f"module 'lq' has no attribute {name!r}")

@@ -1,0 +1,242 @@
+"""Quantized layers: the float layer plus a quantizer on its input and one on its weight.
+
+A quantized layer is the same object with its class changed to a subclass of its float class, so
+``isinstance(layer, nn.Conv2d)`` holds and names, hooks and references stay valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lq.functional import is_exporting, round_to_dtype
+from lq.quantizer import Quantizer
+from lq.spec import LayerSpec
+
+
+class QuantLayer(nn.Module):
+    """What all quantized layers share; a mixin before the float class.
+
+    Attributes:
+        input_quantizer: Quantizes the layer's input.
+        weight_quantizer: Quantizes the layer's weight.
+        layer_spec: What the recipe says of this layer.
+    """
+
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer
+    layer_spec: LayerSpec
+    weight_axis = 0
+    """Axis of the output channels in the weight."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the quantized input and weight, and the bias."""
+        weight, bias = self.weight_quantizer(self.weight), self.bias
+        dtype = self.input_quantizer.compute_dtype
+        if dtype is not None:
+            weight = round_to_dtype(weight, dtype)
+            bias = None if bias is None else round_to_dtype(bias, dtype)
+        return self.input_quantizer(input), weight, bias
+
+    def result(self, output: Tensor, input: Tensor) -> Tensor:
+        """Return a 16-bit layer's output rounded to 16 bits, in the type of its input."""
+        dtype = self.input_quantizer.compute_dtype
+        if dtype is None:
+            return output
+        return output.to(input.dtype) if is_exporting() else round_to_dtype(output, dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Classes made for subclasses have no importable name; pickle the float class instead.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new, (float_class(self),), *state)
+
+
+class _QuantConv(QuantLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        quantized, weight, bias = self.operands(input)
+        output: Tensor = self._conv_forward(quantized, weight, bias)  # type: ignore[operator]
+        return self.result(output, input)
+
+
+class _QuantOwnForward(QuantLayer):
+    """For a class with its own ``forward``: runs it on the quantized input and weight."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(super().forward).bind(*args, **kwargs)
+        first = next(iter(bound.arguments))
+        input = bound.arguments[first]
+        bound.arguments[first], weight, bias = self.operands(input)
+        with _attributes(self, weight=weight, bias=bias):
+            output = super().forward(*bound.args, **bound.kwargs)
+        return self.result(output, input)
+
+
+class _QuantConvTranspose(QuantLayer):
+    weight_axis = 1
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        quantized, weight, bias = self.operands(input)
+        with _attributes(self, weight=weight, bias=bias):
+            output: Tensor = super().forward(quantized, output_size)
+        return self.result(output, input)
+
+
+class _QuantLinear(QuantLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        quantized, weight, bias = self.operands(input)
+        return self.result(F.linear(quantized, weight, bias), input)
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """``nn.Conv1d`` with quantizers."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """``nn.Conv2d`` with quantizers."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """``nn.Conv3d`` with quantizers."""
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with quantizers."""
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with quantizers."""
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with quantizers."""
+
+
+class QuantLinear(_QuantLinear, nn.Linear):
+    """``nn.Linear`` with quantizers."""
+
+
+QUANT_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Linear: QuantLinear,
+}
+"""Float layer class -> quantized class. A new kind of layer is a class and a row here."""
+
+
+def _family(cls: type) -> type[nn.Module] | None:
+    return next((base for base in QUANT_CLASSES if issubclass(cls, base)), None)
+
+
+def float_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer without quantizers."""
+    return next(c for c in type(layer).__mro__ if _family(c) and not issubclass(c, QuantLayer))
+
+
+@functools.cache
+def quantized_class(cls: type[nn.Module]) -> type[QuantLayer]:
+    """Return the quantized subclass of a supported float class or of a subclass of one.
+
+    Example:
+        >>> quantized_class(nn.Linear).__name__
+        'QuantLinear'
+    """
+    if cls in QUANT_CLASSES:
+        return QUANT_CLASSES[cls]
+    family = _family(cls)
+    if family is None:
+        raise ValueError(f"Expected a Conv, ConvTranspose or Linear class, but got {cls.__name__}.")
+    quantized = QUANT_CLASSES[family]
+    mixin = quantized.__bases__[0] if _inherits_forward(cls) else _QuantOwnForward
+    namespace = {"__doc__": cls.__doc__, "weight_axis": quantized.weight_axis}
+    return type(f"Quant{cls.__name__}", (mixin, cls), namespace)
+
+
+def _inherits_forward(cls: type[nn.Module]) -> bool:
+    family = _family(cls)
+    return family is not None and cls.forward is family.forward
+
+
+def _new(cls: type[nn.Module]) -> QuantLayer:
+    quantized = quantized_class(cls)
+    return quantized.__new__(quantized)
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Return why a Conv or Linear layer cannot be quantized, or ``None`` where it can."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "lazy layers have no weight yet; run one forward pass first"
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "it has no weight tensor"
+    reads_weight = _family(type(layer)) and _inherits_forward(float_class(layer))
+    if "parametrizations" in layer._modules and not reads_weight:
+        return "its own forward reads a parametrized weight"
+    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+        return "its weight is not a plain float tensor"
+    return None
+
+
+def is_quantizable(layer: nn.Module) -> bool:
+    """Return whether a layer is of a kind that is quantized, or is already."""
+    return _family(type(layer)) is not None
+
+
+def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
+    """Turn a float layer into its quantized class, in place.
+
+    Raises:
+        TypeError: Where Python cannot change the object's class.
+    """
+    cls = quantized_class(float_class(layer))
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weights = spec.weights
+    channels = None
+    if weights.axis is not None:
+        weights = dataclasses.replace(weights, axis=cls.weight_axis)
+        channels = weight.shape[cls.weight_axis] if weights.needs_scale else None
+    layer.__class__ = cls
+    layer.layer_spec = spec
+    device = weight.device
+    layer.input_quantizer = Quantizer(spec.inputs, None, f"{name}input_quantizer", device)
+    layer.weight_quantizer = Quantizer(weights, channels, f"{name}weight_quantizer", device)
+
+
+def detach_quantizers(layer: nn.Module) -> None:
+    """Turn a quantized layer into the float layer it was, in place."""
+    cls = float_class(layer)
+    del layer.input_quantizer, layer.weight_quantizer, layer.layer_spec
+    layer.__class__ = cls
+
+
+@contextmanager
+def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Let attributes shadow parameters of the same name for a while.
+
+    An instance attribute is found before ``nn.Module`` looks among its parameters. Pruning and
+    weight norm keep such attributes of their own, which are put back.
+    """
+    attributes = vars(module)
+    before = {name: attributes[name] for name in values if name in attributes}
+    attributes.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del attributes[name]
+        attributes.update(before)

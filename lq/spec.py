@@ -1,0 +1,451 @@
+"""What is quantized, and how: number formats, specs of one tensor, recipes of a whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from lq.functional import FP8_MAX
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format.
+
+    Attributes:
+        name: Its name in recipes.
+        bits: Bits a number takes.
+        dtype: The torch type a layer computes in, for formats that are casts; ``None`` for those
+            that need a scale.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether numbers are codes times a scale (int, fp8) and not plain floats."""
+        return self.dtype is None
+
+
+FORMATS: dict[str, Format] = {
+    **{f"int{bits}": Format(f"int{bits}", bits) for bits in range(2, 9)},
+    "fp8_e4m3": Format("fp8_e4m3", 8),
+    "fp16": Format("fp16", 16, torch.float16),
+    "bf16": Format("bf16", 16, torch.bfloat16),
+    "fp32": Format("fp32", 32, torch.float32),
+}
+SKIP = "skip"
+
+
+def _suggest(given: str, valid: Iterable[str]) -> str:
+    """Return the end of an error message: the nearest valid spelling, or all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")
+    return f"choose from {shown}."
+
+
+def _check_format(name: Any, extra: tuple[str, ...] = ()) -> None:
+    valid = [*FORMATS, *extra]
+    if name not in valid:
+        raise ValueError(
+            f"Expected `format` to be a known number format, but got {name!r}; "
+            f"{_suggest(str(name), valid)}"
+        )
+
+
+def _check_keys(given: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in given:
+        if key not in valid:
+            raise ValueError(f"Unknown key {key!r} in {where}; {_suggest(str(key), valid)}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized: ``scale = amax / qmax``, zero-point 0.
+
+    Per tensor (``axis=None``) the scale has shape ``[]``; per channel a tensor of shape
+    ``[.., C, ..]`` with ``C`` at `axis` has a scale of shape ``[C]``.
+
+    Attributes:
+        format: Name of a number format.
+        signed: ``False`` for codes 0 ... 2^b - 1 of tensors that are never negative.
+        axis: Channel axis, or ``None`` per tensor. In a recipe's weights any axis stands for the
+            output channels, which each kind of layer has in its own place.
+        symmetric: Always ``True``: the engines served need zero-point 0.
+        narrow: Drop the lowest code, so that the range is symmetric: [-127, 127]. Recipes set it
+            for weights.
+        learn_scale: Train the scale as a parameter (LSQ).
+
+    Raises:
+        ValueError: For an unknown format or a combination that no engine has.
+
+    Example:
+        >>> spec = QuantSpec("int8", axis=0, narrow=True)
+        >>> spec.qmin, spec.qmax
+        (-127, 127)
+    """
+
+    format: str = "int8"
+    signed: bool = True
+    axis: int | None = None
+    symmetric: bool = True
+    narrow: bool = False
+    learn_scale: bool = False
+
+    def __post_init__(self) -> None:
+        _check_format(self.format)
+        if not self.symmetric:
+            raise ValueError(
+                "Expected `symmetric` to be True, but got False: TensorRT needs zero-point 0; "
+                "use signed=False for tensors that are never negative."
+            )
+        if not self.signed and not self.format.startswith("int"):
+            raise ValueError(
+                f"Expected `signed` to be True for format {self.format!r}, but got False: "
+                "only integer formats can be unsigned."
+            )
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise ValueError(f"Expected `axis` to be an int or None, but got {self.axis!r}.")
+
+    @property
+    def number_format(self) -> Format:
+        """The format's description."""
+        return FORMATS[self.format]
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether the tensor has a scale to calibrate."""
+        return self.number_format.needs_scale
+
+    @property
+    def qmax(self) -> float:
+        """Largest code."""
+        if self.format == "fp8_e4m3":
+            return FP8_MAX
+        bits = self.number_format.bits
+        return 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
+
+    @property
+    def qmin(self) -> float:
+        """Smallest code."""
+        if not self.signed:
+            return 0
+        return -self.qmax if self.narrow or self.format == "fp8_e4m3" else -self.qmax - 1
+
+    @classmethod
+    def parse(cls, value: Any, where: str = "a spec", **defaults: Any) -> QuantSpec:
+        """Return the spec that a format name, a mapping or a spec stands for."""
+        if isinstance(value, QuantSpec):
+            return value
+        if isinstance(value, str):
+            return cls(value, **defaults)
+        if isinstance(value, Mapping):
+            _check_keys(value, [f.name for f in dataclasses.fields(cls)], where)
+            return cls(**{**defaults, **value})
+        raise ValueError(
+            f"Expected {where} to be a format name or a mapping, but got {value!r}."
+        )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The specs of one layer's weights and input."""
+
+    weights: QuantSpec
+    inputs: QuantSpec
+
+    def __post_init__(self) -> None:
+        weights, inputs = self.weights, self.inputs
+        if not weights.needs_scale and weights.format != inputs.format:
+            raise ValueError(
+                f"Expected weights in {weights.format!r} to meet inputs of the same format, but "
+                f"got inputs in {inputs.format!r}: a layer computes in one format."
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.weights.format == self.inputs.format == "fp32"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One exception to a recipe's defaults.
+
+    Attributes:
+        name: Glob on the layer's qualified name: ``layer1.*.conv1``.
+        type: Glob on the class name of the layer or of a class it derives from: ``Linear``.
+        format: Format of weights and input together, or ``"skip"`` to leave the layer float.
+        weights: Format or spec of the weights alone.
+        inputs: Format or spec of the input alone.
+    """
+
+    name: str | None = None
+    type: str | None = None
+    format: str | None = None
+    weights: QuantSpec | None = None
+    inputs: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.type is None:
+            raise ValueError(f"Expected a rule to have a `name` or a `type`, but got {self}.")
+        alone = self.weights is not None or self.inputs is not None
+        if (self.format is None) is not alone:
+            raise ValueError(
+                "Expected a rule to have either `format` or `weights`/`inputs`, "
+                f"but the rule for {self.target} has {'both' if alone else 'neither'}."
+            )
+        if self.format is not None:
+            _check_format(self.format, extra=(SKIP,))
+
+    @property
+    def target(self) -> str:
+        """What the rule matches, as a user would say it."""
+        parts = [f"name {self.name!r}"] if self.name is not None else []
+        parts += [f"type {self.type!r}"] if self.type is not None else []
+        return " and ".join(parts)
+
+    def matches(self, name: str, layer: nn.Module) -> bool:
+        """Return whether the rule applies to a layer of that qualified name."""
+        if self.name is not None and not fnmatchcase(name, self.name):
+            return False
+        return self.type is None or any(fnmatchcase(t, self.type) for t in type_names(layer))
+
+    def apply(self, spec: LayerSpec) -> LayerSpec:
+        """Return `spec` with this rule's formats."""
+        if self.format is None:
+            return LayerSpec(self.weights or spec.weights, self.inputs or spec.inputs)
+        name = "fp32" if self.format == SKIP else self.format
+        return LayerSpec(
+            dataclasses.replace(spec.weights, format=name, signed=True),
+            dataclasses.replace(spec.inputs, format=name, signed=True),
+        )
+
+
+def type_names(layer: nn.Module) -> list[str]:
+    """Return the class names a rule's `type` may match, most derived first."""
+    names = [c.__name__ for c in type(layer).__mro__ if issubclass(c, nn.Module)]
+    return [n for n in names if n not in ("Module", "QuantLayer")]
+
+
+_WEIGHT_DEFAULTS: dict[str, Any] = {"axis": 0, "narrow": True}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which layers get which specs: defaults, then rules in order, the last match winning.
+
+    Attributes:
+        weights: Spec of the weights; always with the narrow range.
+        inputs: Spec of the inputs.
+        rules: Exceptions, each by qualified name and/or type.
+        fallback: Format of layers too small for integer tensor cores, which have fewer than 16
+            input or output channels per group times kernel size (TensorRT's rule that small GEMMs
+            are better left alone; depthwise convolutions are such); ``None`` treats them as all.
+
+    Raises:
+        ValueError: For an unknown key or format, naming the nearest valid spelling.
+
+    Example:
+        >>> recipe = Recipe(rules=(Rule(name="fc", format="fp16"),))
+        >>> recipe.layer_spec("fc", nn.Linear(64, 10)).weights.format
+        'fp16'
+        >>> Recipe.from_dict({"inputs": "int9"})
+        Traceback (most recent call last):
+        ValueError: Expected `format` to be a known number format, but got 'int9'; ...
+    """
+
+    weights: QuantSpec = QuantSpec(axis=0, narrow=True)
+    inputs: QuantSpec = QuantSpec()
+    rules: tuple[Rule, ...] = ()
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(_narrow(rule) for rule in self.rules))
+        object.__setattr__(self, "weights", dataclasses.replace(self.weights, narrow=True))
+        if self.inputs.axis is not None:
+            raise ValueError(
+                f"Expected `inputs` to be per tensor (axis=None), but got axis={self.inputs.axis}: "
+                "engines multiply integers whose input scale is one number."
+            )
+        if self.fallback is not None:
+            _check_format(self.fallback)
+            if FORMATS[self.fallback].needs_scale:
+                raise ValueError(
+                    f"Expected `fallback` to be fp16, bf16 or fp32, but got {self.fallback!r}."
+                )
+
+    def layer_spec(self, name: str, layer: nn.Module) -> LayerSpec:
+        """Return the specs of one layer by its qualified name."""
+        spec = LayerSpec(self.weights, self.inputs)
+        if self.fallback is not None and _is_small(layer):
+            spec = Rule(name=name, format=self.fallback).apply(spec)
+        for rule in self.rules:
+            if rule.matches(name, layer):
+                spec = rule.apply(spec)
+        return spec
+
+    def check_rules(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise a ``ValueError`` for the first rule that matches none of `layers`."""
+        types = sorted({n for layer in layers.values() for n in type_names(layer)})
+        for rule in self.rules:
+            if not any(rule.matches(name, layer) for name, layer in layers.items()):
+                given, valid = (
+                    (rule.name, list(layers)) if rule.name is not None else (rule.type, types)
+                )
+                raise ValueError(
+                    f"Expected every rule to match a layer, but {rule.target} matches none; "
+                    f"{_suggest(str(given), valid)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values; ``from_dict`` gives it back."""
+        return {
+            "weights": _spec_dict(self.weights, _WEIGHT_DEFAULTS),
+            "inputs": _spec_dict(self.inputs, {}),
+            "rules": [
+                {
+                    "name": rule.name,
+                    "type": rule.type,
+                    "format": rule.format,
+                    "weights": rule.weights and _spec_dict(rule.weights, _WEIGHT_DEFAULTS),
+                    "inputs": rule.inputs and _spec_dict(rule.inputs, {}),
+                }
+                for rule in self.rules
+            ],
+            "fallback": self.fallback,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a mapping of plain values describes."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
+        _check_keys(values, ["weights", "inputs", "rules", "fallback"], "the recipe")
+        rules = values.get("rules") or ()
+        if isinstance(rules, (str, Mapping)):
+            raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
+        return cls(
+            weights=QuantSpec.parse(values.get("weights", "int8"), "weights", **_WEIGHT_DEFAULTS),
+            inputs=QuantSpec.parse(values.get("inputs", "int8"), "inputs"),
+            rules=tuple(_parse_rule(rule, i) for i, rule in enumerate(rules)),
+            fallback=values.get("fallback"),
+        )
+
+    def to_json(self) -> str:
+        """Return the recipe as one line of JSON, as checkpoints carry it."""
+        return json.dumps(_without_none(self.to_dict()))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the recipe to a YAML file that ``from_yaml`` reads back."""
+        text = yaml.safe_dump(_without_none(self.to_dict()), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Return the recipe in a YAML file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected a recipe at {str(path)!r}, but there is no such file."
+            )
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            first = " ".join(str(error).split())
+            raise ValueError(f"Expected {str(path)!r} to be YAML, but {first}.") from None
+        return cls.from_dict({} if values is None else values)
+
+    @classmethod
+    def parse(cls, value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a preset name, a YAML path or a mapping stands for."""
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if str(value) in PRESETS:
+            return PRESETS[str(value)]
+        if Path(value).suffix in (".yaml", ".yml"):
+            return cls.from_yaml(value)
+        raise ValueError(
+            f"Expected `recipe` to be a preset or the path of a YAML file, but got {str(value)!r}; "
+            f"{_suggest(str(value), PRESETS)}"
+        )
+
+
+def _narrow(rule: Rule) -> Rule:
+    if rule.weights is None:
+        return rule
+    return dataclasses.replace(rule, weights=dataclasses.replace(rule.weights, narrow=True))
+
+
+def _parse_rule(values: Any, index: int) -> Rule:
+    if isinstance(values, Rule):
+        return values
+    where = f"rule {index + 1}"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"Expected {where} to be a mapping, but got {values!r}.")
+    _check_keys(values, [f.name for f in dataclasses.fields(Rule)], where)
+    values = dict(values)
+    if values.get("weights") is not None:
+        values["weights"] = QuantSpec.parse(values["weights"], where, **_WEIGHT_DEFAULTS)
+    if values.get("inputs") is not None:
+        values["inputs"] = QuantSpec.parse(values["inputs"], where)
+    return Rule(**values)
+
+
+def _spec_dict(spec: QuantSpec, defaults: Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return the shortest plain value that parses to `spec`: a format name where that suffices."""
+    plain = QuantSpec(spec.format, **defaults)
+    changed = {
+        f.name: getattr(spec, f.name)
+        for f in dataclasses.fields(spec)
+        if getattr(spec, f.name) != getattr(plain, f.name)
+    }
+    return {"format": spec.format, **changed} if changed else spec.format
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        # `axis: null` says per tensor and stays; other missing values are defaults.
+        return {k: _without_none(v) for k, v in value.items() if v is not None or k == "axis"}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _is_small(layer: nn.Module) -> bool:
+    """Return whether a layer's GEMM has K or N below 16 in each group."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
+        return False
+    groups = getattr(layer, "groups", 1)
+    rows, columns = weight.shape[0], weight.shape[1]
+    kernel = weight[0, 0].numel()
+    if getattr(layer, "transposed", False):
+        reduction, outputs = rows // groups * kernel, columns
+    else:
+        reduction, outputs = columns * kernel, rows // groups
+    return min(reduction, outputs) < 16
+
+
+PRESETS: dict[str, Recipe] = {
+    "tensorrt_int8": Recipe(),
+    "int8_fp16_fallback": Recipe(fallback="fp16"),
+    "weight_only_int8": Recipe(inputs=QuantSpec("fp32")),
+}
+"""Recipes by name: INT8 everywhere; INT8 with small layers in FP16; INT8 weights, float inputs."""

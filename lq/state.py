@@ -1,0 +1,208 @@
+"""How a quantized model is saved and restored: its recipe travels in the state_dict."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from collections.abc import Iterable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lq.quantizer import Quantizer
+from lq.spec import Recipe
+
+RECIPE = "lq_recipe"
+"""Attribute of a quantized model that holds its recipe, and the state_dict key it travels under."""
+_HOOKS = "_lq_hooks"
+_SCALE = "_quantizer.scale"
+
+
+def attach_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Let `model` save its recipe with its weights and check it when loading."""
+    detach_recipe(model)
+    setattr(model, RECIPE, recipe)
+    hooks = [
+        model.register_state_dict_post_hook(_save_recipe),
+        model.register_load_state_dict_pre_hook(_check_before_loading),
+    ]
+    setattr(model, _HOOKS, hooks)
+
+
+def detach_recipe(model: nn.Module) -> None:
+    """Undo ``attach_recipe``, where it was done."""
+    if RECIPE in vars(model):
+        for hook in getattr(model, _HOOKS):
+            hook.remove()
+        delattr(model, RECIPE)
+        delattr(model, _HOOKS)
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """Return the recipe a model was quantized with."""
+    recipe: Recipe | None = vars(model).get(RECIPE)
+    return recipe
+
+
+def encode_recipe(recipe: Recipe) -> Tensor:
+    """Return a recipe as a uint8 tensor of JSON, the one kind of value every saver keeps."""
+    return torch.frombuffer(bytearray(recipe.to_json().encode()), dtype=torch.uint8)
+
+
+def decode_recipe(stored: Tensor) -> Recipe:
+    """Return the recipe in a tensor made by ``encode_recipe``."""
+    return Recipe.from_dict(json.loads(bytes(stored.cpu().tolist())))
+
+
+def _save_recipe(
+    model: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, _metadata: Any
+) -> None:
+    recipe = recipe_of(model)
+    if recipe is not None:
+        state_dict[prefix + RECIPE] = encode_recipe(recipe)
+
+
+def _check_before_loading(
+    model: nn.Module,
+    state_dict: MutableMapping[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Accept a float state_dict as uncalibrated, and a quantized one only if it is complete."""
+    stored = state_dict.pop(prefix + RECIPE, None)
+    scales = {
+        f"{prefix}{name}.scale": module.scale
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantizer) and module.scale is not None
+    }
+    given = {key for key in state_dict if key.startswith(prefix) and key.endswith(_SCALE)}
+    missing, extra = scales.keys() - given, given - scales.keys()
+    if given and (missing or extra):
+        errors.append(
+            f"The state_dict was quantized by another recipe: {_count(missing, 'missing')}, "
+            f"{_count(extra, 'not in the model')}. Quantize the model with the recipe it was "
+            "saved with (lq.load_from_checkpoint does), or load float weights."
+        )
+    elif given and stored is not None:
+        errors.extend(_other_specs(model, decode_recipe(stored)))
+    for key in missing:
+        state_dict[key] = torch.full_like(scales[key], torch.nan)
+    for key in extra:
+        del state_dict[key]
+
+
+def _count(keys: Iterable[str], what: str) -> str:
+    names = sorted(key.removesuffix(".scale") for key in keys)
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
+
+
+def _other_specs(model: nn.Module, stored: Recipe) -> list[str]:
+    """Return an error where the stored recipe gives a layer another spec than it has."""
+    for name, layer in model.named_modules():
+        spec = getattr(layer, "layer_spec", None)
+        if spec is not None and stored.layer_spec(name, layer) != spec:
+            theirs = stored.layer_spec(name, layer)
+            return [
+                f"The state_dict was quantized by another recipe: layer {name!r} has weights in "
+                f"{theirs.weights.format} and inputs in {theirs.inputs.format} there, but "
+                f"{spec.weights.format} and {spec.inputs.format} here."
+            ]
+    return []
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what a ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors`` file holds.
+
+    Nothing in the file is executed: only tensors and plain values are read.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or needs unpickling.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a checkpoint at {str(path)!r}, but there is no file.")
+    try:
+        if path.suffix == ".safetensors":
+            values = load_file(path)
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "global" in str(error).lower():
+            raise ValueError(
+                f"Expected {str(path)!r} to hold tensors and plain values only, but it holds "
+                "pickled objects; save model.state_dict() instead of the model."
+            ) from None
+        raise ValueError(_damaged(path, error)) from None
+    except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
+        raise ValueError(_damaged(path, error)) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"Expected {str(path)!r} to hold a dict of tensors, but got {type(values).__name__}."
+        )
+    return values
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"Expected {str(path)!r} to be a checkpoint, but it cannot be read: {reason}"
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the state_dict in a weights file or a Lightning checkpoint."""
+    values = read_checkpoint(path)
+    weights = values.get("state_dict", values)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ValueError(f"Expected {str(path)!r} to hold a state_dict, but found other values.")
+    return weights
+
+
+def load_from_checkpoint(cls: type[Any], path: str | Path, **init_kwargs: Any) -> Any:
+    """Rebuild a Lightning module that a callback quantized, from its checkpoint.
+
+    Builds the class, quantizes what was quantized with the recipe that the checkpoint carries,
+    and loads the weights and ranges.
+
+    Args:
+        cls: The class that was trained.
+        path: The checkpoint.
+        init_kwargs: Arguments of the class that its saved hyperparameters do not hold.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint of a quantized module.
+    """
+    from lq.surgery import quantize
+
+    checkpoint = read_checkpoint(path)
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict):
+        raise ValueError(f"Expected {str(path)!r} to be a Lightning checkpoint (no `state_dict`).")
+    model = cls(**_init_arguments(cls, checkpoint.get("hyper_parameters", {})) | init_kwargs)
+    if hasattr(model, "configure_model"):
+        model.configure_model()
+    recipes = {k.removesuffix(RECIPE): v for k, v in weights.items() if k.endswith(RECIPE)}
+    for prefix, stored in recipes.items():
+        quantize(model.get_submodule(prefix.removesuffix(".")), decode_recipe(stored))
+    if hasattr(model, "on_load_checkpoint"):
+        model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(weights)
+    return model
+
+
+def _init_arguments(cls: type[Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved hyperparameters that a class takes."""
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(saved)
+    return {name: value for name, value in saved.items() if name in parameters}
