@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lq.calibration import calibrate
+from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.state import load_from_checkpoint
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
     from lq.module import QuantModule
-    from lq.parity import parity
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,6 @@ _LAZY = {
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
     "open_engine": "lq.engines",
-    "parity": "lq.parity",
 }
 
 

@@ -103,15 +103,15 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 @contextmanager
-def float_mode(model: nn.Module) -> Iterator[None]:
-    """Let a quantized model run in float for a while."""
+def quantizer_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Put all quantizers of a model into one mode for a while, then each as it was."""
     modes = {q: q.mode for q in quantizers(model).values()}
-    set_mode(model, Mode.BYPASS)
+    set_mode(model, mode)
     try:
         yield
     finally:
-        for quantizer, mode in modes.items():
-            quantizer.mode = mode
+        for quantizer, before in modes.items():
+            quantizer.mode = before
 
 
 @contextmanager

@@ -1,0 +1,126 @@
+"""Run an ONNX file with ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from lq.engines.base import Runner, bind_inputs, check_shape
+from lq.engines.cast_through import cast_through, has_16_bit
+from lq.export.passes import WEIGHTED, producer
+
+log = logging.getLogger(__name__)
+_DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+
+
+def rewrites_plan(model: ir.Model) -> bool:
+    """Return whether ONNX Runtime would quantize a layer that the graph leaves float.
+
+    By default it quantizes the float weight of a layer that stands between Q/DQ, per tensor.
+    """
+    return any(
+        node.op_type in WEIGHTED
+        and producer(node.inputs[0], "DequantizeLinear") is not None
+        and producer(node.inputs[1], "DequantizeLinear") is None
+        for node in model.graph
+    )
+
+
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in ONNX Runtime, computing the plan that the graph holds.
+
+    The CPU has no 16-bit kernels: there fp16 and bf16 layers run in float32 with operands and
+    results rounded to 16 bits, and a log message says so.
+
+    Args:
+        path: An ONNX file.
+        providers: Execution providers, best first; CUDA where present, else the CPU.
+        optimize: Let ONNX Runtime fuse; ``False`` runs the graph node by node.
+        threads: Threads within an operator; 0 is ONNX Runtime's own choice.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not an ONNX model.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        providers: list[str] | None = None,
+        optimize: bool = True,
+        threads: int = 0,
+    ) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
+        self.size_mb = path.stat().st_size / 1e6
+        try:
+            model = ir.load(path)
+        except Exception as error:
+            raise ValueError(
+                f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
+                f"{type(error).__name__}."
+            ) from None
+        self._open(model, path, providers, optimize, threads)
+
+    @classmethod
+    def from_graph(cls, model: ir.Model, optimize: bool = True) -> OnnxRuntimeRunner:
+        """Return a runner of a graph in memory."""
+        runner = cls.__new__(cls)
+        runner.size_mb = 0.0
+        runner._open(model, None, None, optimize, 0)
+        return runner
+
+    def _open(
+        self,
+        model: ir.Model,
+        path: Path | None,
+        providers: list[str] | None,
+        optimize: bool,
+        threads: int,
+    ) -> None:
+        self.providers = providers or _default_providers()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        disabled = ["WeightBiasQuantization"] if rewrites_plan(model) else []
+        on_cpu = self.providers == ["CPUExecutionProvider"]
+        source: str | bytes = str(path) if path is not None else _serialized(model)
+        if on_cpu and has_16_bit(model):
+            log.info("ONNX Runtime's CPU has no 16-bit kernels; rounding to 16 bits in float32.")
+            source = _serialized(cast_through(model))
+        self.session = ort.InferenceSession(
+            source, options, providers=self.providers, disabled_optimizers=disabled
+        )
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.name = f"ONNX Runtime {'CPU' if on_cpu else self.providers[0][:-17]}"
+
+    def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return all outputs for one batch."""
+        feeds = {}
+        for name, value in bind_inputs(list(self.inputs), args, kwargs).items():
+            declared = self.inputs[name]
+            check_shape(name, tuple(value.shape), declared.shape)
+            dtype = _DTYPES.get(declared.type, value.dtype)
+            feeds[name] = value.detach().to("cpu", dtype).numpy()
+        return [torch.from_numpy(y) for y in self.session.run(self.outputs, feeds)]
+
+
+def _serialized(model: ir.Model) -> bytes:
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
+
+
+def _default_providers() -> list[str]:
+    cuda = ["CUDAExecutionProvider"]
+    available = ort.get_available_providers()
+    return [p for p in cuda if p in available] + ["CPUExecutionProvider"]

@@ -1,0 +1,251 @@
+"""Build a TensorRT engine from an ONNX file, with TensorRT or TensorRT-RTX, whichever is there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from lq.export.plan import read_plan
+from lq.files import sha256, written_whole
+
+log = logging.getLogger(__name__)
+BUILDERS = ("tensorrt", "tensorrt_rtx")
+INSTALL = (
+    "neither tensorrt nor tensorrt-rtx is installed; install one: pip install 'lq[tensorrt]' "
+    "(data center and Jetson GPUs) or pip install 'lq[rtx]' (RTX GPUs)."
+)
+
+
+def find_builder() -> ModuleType | None:
+    """Return the TensorRT module that is installed, ``tensorrt`` first, or ``None``."""
+    for name in BUILDERS:
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError):  # OSError: the package without its CUDA libraries
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is and where it runs; its JSON sidecar.
+
+    Attributes:
+        builder: Module that built it, with its version.
+        compute_capability: What it was built for: ``SM89``, or that of the GPU at hand.
+        onnx: Name of the ONNX file.
+        onnx_sha256: Its hash.
+        inputs: Name -> shape, -1 where it varies.
+        outputs: Name -> shape.
+        batch: Smallest, best and largest batch.
+        formats: Layer -> format, as the graph says.
+        size_mb: Size of the engine, in 10^6 bytes.
+        build_s: Seconds the build took.
+    """
+
+    builder: str
+    compute_capability: str
+    onnx: str
+    onnx_sha256: str
+    inputs: dict[str, list[int]]
+    outputs: dict[str, list[int]]
+    batch: tuple[int, int, int]
+    formats: dict[str, str]
+    size_mb: float
+    build_s: float
+
+    @staticmethod
+    def path_of(engine: str | Path) -> Path:
+        """Return where the sidecar of an engine lies."""
+        return Path(f"{engine}.json")
+
+
+def build_engine(
+    onnx: str | Path,
+    path: str | Path,
+    batch: tuple[int, int, int] = (1, 8, 32),
+    compute_capability: str | None = None,
+) -> EngineInfo:
+    """Build a strongly typed engine from an ONNX file.
+
+    Every layer runs in the type the graph gives it. Beside the engine a JSON sidecar says what
+    built it, for which GPU, from which file. TensorRT keeps a timing cache beside it, so that the
+    next build is faster and picks the same kernels.
+
+    Args:
+        onnx: An ONNX file.
+        path: Where to write the engine.
+        batch: Smallest, best and largest batch, for inputs whose first axis varies.
+        compute_capability: GPU to build for, such as ``"SM89"``. TensorRT-RTX builds for it with
+            no GPU at hand; ``None`` is the GPU at hand, or SM89 where there is none.
+
+    Raises:
+        FileNotFoundError: If there is no ONNX file.
+        ImportError: If no builder is installed, naming the extras.
+        RuntimeError: If the file cannot be parsed or built, with the builder's own reason.
+    """
+    if not Path(onnx).is_file():
+        raise FileNotFoundError(f"Expected an ONNX file at {str(onnx)!r}, but there is no file.")
+    if not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise ValueError(f"Expected `batch` as smallest <= best <= largest, but got {batch}.")
+    trt = find_builder()
+    if trt is None:
+        raise ImportError(f"Cannot build an engine: {INSTALL}")
+    started = time.perf_counter()
+    build = _Build(trt, Path(onnx))
+    capability = build.set_capability(compute_capability)
+    build.set_profile(batch)
+    timing = Path(f"{path}.timing")
+    build.load_timing_cache(timing)
+    with written_whole(path) as temporary:
+        plan = build.serialized()
+        temporary.write_bytes(plan)
+        info = EngineInfo(
+            builder=f"{trt.__name__} {trt.__version__}",
+            compute_capability=capability,
+            onnx=Path(onnx).name,
+            onnx_sha256=sha256(onnx),
+            inputs=build.shapes(inputs=True),
+            outputs=build.shapes(inputs=False),
+            batch=batch,
+            formats=read_plan(ir.load(onnx)),
+            size_mb=len(plan) / 1e6,
+            build_s=time.perf_counter() - started,
+        )
+        with written_whole(EngineInfo.path_of(path)) as sidecar:
+            sidecar.write_text(json.dumps(asdict(info), indent=2))
+    build.save_timing_cache(timing)
+    return info
+
+
+class _Build:
+    """One parse and build; the calls that ``tensorrt`` and ``tensorrt_rtx`` share."""
+
+    def __init__(self, trt: ModuleType, onnx: Path) -> None:
+        self.trt = trt
+        self.logger = logger(trt)
+        self.builder = trt.Builder(self.logger)
+        # TensorRT 10 needs the flag, 11 and RTX build nothing else.
+        flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self.network = self.builder.create_network(flag)
+        self.parser = trt.OnnxParser(self.network, self.logger)
+        if not self.parser.parse_from_file(str(onnx)):
+            errors = [str(self.parser.get_error(i)) for i in range(self.parser.num_errors)]
+            raise RuntimeError(f"{trt.__name__} cannot parse {str(onnx)!r}: {'; '.join(errors)}")
+        self.config = self.builder.create_builder_config()
+        self.config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+
+    def set_capability(self, wanted: str | None) -> str:
+        """Choose the GPU to build for; only RTX can choose one that is not at hand."""
+        at_hand = _capability_at_hand()
+        if not hasattr(self.config, "set_compute_capability"):
+            if at_hand is None:
+                raise RuntimeError("tensorrt builds on the GPU it builds for, and there is none.")
+            if wanted not in (None, at_hand):
+                raise ValueError(f"tensorrt builds for the GPU at hand, {at_hand}, not {wanted!r}.")
+            return at_hand
+        known = {name for name in vars(self.trt.ComputeCapability) if name.startswith("SM")}
+        name = wanted or (at_hand if at_hand in known else "SM89")
+        if name not in known:
+            raise ValueError(
+                f"Expected `compute_capability` to be one of {', '.join(sorted(known))}, "
+                f"but got {name!r}."
+            )
+        self.config.num_compute_capabilities = 1
+        self.config.set_compute_capability(getattr(self.trt.ComputeCapability, name), 0)
+        return name
+
+    def set_profile(self, batch: tuple[int, int, int]) -> None:
+        """Declare the batches that inputs of varying first axis may have."""
+        profile = self.builder.create_optimization_profile()
+        varies = False
+        for name, shape in self.shapes(inputs=True).items():
+            if -1 in shape[1:]:
+                raise ValueError(
+                    f"Expected only the first axis of input {name!r} to vary, but got {shape}."
+                )
+            if shape and shape[0] == -1:
+                varies = True
+                profile.set_shape(name, *([size, *shape[1:]] for size in batch))
+        if varies and self.config.add_optimization_profile(profile) < 0:
+            raise RuntimeError(f"{self.trt.__name__} refuses the batches {batch}.")
+
+    def shapes(self, inputs: bool) -> dict[str, list[int]]:
+        """Return the network's inputs or outputs by name."""
+        network = self.network
+        if inputs:
+            tensors = [network.get_input(i) for i in range(network.num_inputs)]
+        else:
+            tensors = [network.get_output(i) for i in range(network.num_outputs)]
+        return {tensor.name: list(tensor.shape) for tensor in tensors}
+
+    def load_timing_cache(self, path: Path) -> None:
+        """Start from the kernels an earlier build chose."""
+        if self._has_timing_cache():
+            blob = path.read_bytes() if path.is_file() else b""
+            self.config.set_timing_cache(self.config.create_timing_cache(blob), False)
+
+    def save_timing_cache(self, path: Path) -> None:
+        """Keep the kernels this build chose."""
+        if self._has_timing_cache():
+            with written_whole(path) as temporary:
+                temporary.write_bytes(bytes(self.config.get_timing_cache().serialize()))
+
+    def _has_timing_cache(self) -> bool:
+        # RTX chooses kernels when the engine is loaded; its calls do nothing but warn.
+        return bool(self.trt.__name__ == "tensorrt")
+
+    def serialized(self) -> bytes:
+        """Return the engine.
+
+        Raises:
+            RuntimeError: With what the builder logged.
+        """
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if plan is None:
+            raise RuntimeError(f"{self.trt.__name__} cannot build: {self.logger.errors()}")
+        return bytes(plan)
+
+
+_LOGGERS: dict[str, Any] = {}
+
+
+def logger(trt: ModuleType) -> Any:
+    """Return the one logger a process may have, which passes warnings on to ``logging``."""
+    if trt.__name__ in _LOGGERS:
+        return _LOGGERS[trt.__name__]
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.recent: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.recent = [*self.recent[-9:], message]
+            elif severity == trt.ILogger.WARNING:
+                log.warning("%s: %s", trt.__name__, message)
+
+        def errors(self) -> str:
+            # Without a GPU every error is followed by one about the missing driver.
+            told = [m for m in self.recent if "catchCudaError" not in m]
+            return "; ".join(told) or "no reason given"
+
+    _LOGGERS[trt.__name__] = Logger()
+    return _LOGGERS[trt.__name__]
+
+
+def _capability_at_hand() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"SM{major}{minor}"
