@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lq.calibrators import parse_calibrator, weight_amax
 from lq.observers import RangeObserver
-from lq.quantizer import Mode, Quantizer
+from lq.quantizer import Mode
 from lq.surgery import quantized_layers, quantizers
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ def calibrate_weights(model: nn.Module) -> None:
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quantizer
         if quantizer.spec.needs_scale:
-            amax = weight_amax(layer.weight, quantizer.spec.axis)
+            weight: Any = layer.weight
+            amax = weight_amax(weight, quantizer.spec.axis)
             if not bool(amax.isfinite().all()):
                 raise RuntimeError(f"Expected finite weights, but {name!r} has NaN or infinity.")
             quantizer.amax = amax

@@ -36,7 +36,8 @@ def percentile_amax(statistics: HistogramObserver, percentile: float) -> Tensor:
         percentile: Above 0 and at most 100.
     """
     counts, amax = statistics.counts, statistics.amax
-    assert counts is not None and amax is not None
+    assert counts is not None
+    assert amax is not None
     cumulative = counts.cumsum(0)
     wanted = cumulative[-1] * (percentile / 100)
     edge = (torch.searchsorted(cumulative, wanted) + 1) * (statistics.limit / counts.numel())
@@ -90,6 +91,5 @@ def parse_calibrator(name: str) -> Calibrator:
     close = difflib.get_close_matches(str(name), ["max", "percentile"], n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ValueError(
-        "Expected `calibrator` to be one of max, percentile, percentile(p), but got "
-        f"{name!r}{hint}"
+        f"Expected `calibrator` to be one of max, percentile, percentile(p), but got {name!r}{hint}"
     )

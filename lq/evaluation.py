@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,3 +113,34 @@ def _latency_ms(runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP:]) * 1e3
+
+
+def comparison_table(rows: Mapping[str, Evaluation]) -> str:
+    """Return evaluations as a table of text; simulated integers have no latency to show.
+
+    Example:
+        >>> row = Evaluation("torch", 0.98, 1.0, 400, 1.2, 0.31, False)
+        >>> print(comparison_table({"float": row}))
+               engine   top-1    top-5   size MB   batch-1 ms
+        float  torch   98.00%  100.00%     0.310         1.20
+    """
+    header = ["", "engine", "top-1", "top-5", "size MB", "batch-1 ms"]
+    lines = [header] + [
+        [
+            name,
+            row.engine,
+            f"{row.top1:.2%}",
+            f"{row.top5:.2%}",
+            f"{row.size_mb:.3f}",
+            "simulated" if row.simulated else f"{row.latency_ms:.2f}",
+        ]
+        for name, row in rows.items()
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

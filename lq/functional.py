@@ -39,9 +39,7 @@ def along_axis(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     return scale.view([-1 if i == axis % ndim else 1 for i in range(ndim)])
 
 
-def encode(
-    x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None = None
-) -> Tensor:
+def encode(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None = None) -> Tensor:
     """Return the codes of a tensor, as floats.
 
     ``code = clamp(round_half_even(x / scale), qmin, qmax)``
@@ -102,7 +100,8 @@ def _masked_gradient(
     if axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         step = scale.item()
         # One pass without a mask in memory; its bounds are open.
-        return torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+        return passed
     scale = along_axis(scale, axis, x.dim())
     inside = (x > low * scale) & (x < high * scale)
     return grad * inside
@@ -183,7 +182,7 @@ def _(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None) -> T
 
 def is_exporting() -> bool:
     """Return whether a model is being traced for export."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting()
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,12 +36,10 @@ class QuantLayer(nn.Module):
     weight_axis = 0
     """Axis of the output channels in the weight."""
 
-    weight: Tensor
-    bias: Tensor | None
-
     def operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the quantized input and weight, and the bias."""
-        weight, bias = self.weight_quantizer(self.weight), self.bias
+        layer: Any = self  # a Conv or Linear, by the other base class
+        weight, bias = self.weight_quantizer(layer.weight), layer.bias
         dtype = self.input_quantizer.compute_dtype
         if dtype is not None:
             weight = round_to_dtype(weight, dtype)
@@ -57,8 +55,8 @@ class QuantLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Classes made for subclasses have no importable name; pickle the float class instead.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (float_class(self),), *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (float_class(self),), *reduced[2:])
 
 
 class _QuantConv(QuantLayer):
@@ -143,7 +141,8 @@ def _family(cls: type) -> type[nn.Module] | None:
 
 def float_class(layer: nn.Module) -> type[nn.Module]:
     """Return the class of a layer without quantizers."""
-    return next(c for c in type(layer).__mro__ if _family(c) and not issubclass(c, QuantLayer))
+    classes = (c for c in type(layer).__mro__ if issubclass(c, nn.Module) and _family(c))
+    return next(c for c in classes if not issubclass(c, QuantLayer))
 
 
 @functools.cache
@@ -171,7 +170,7 @@ def _inherits_forward(cls: type[nn.Module]) -> bool:
 
 
 def _new(cls: type[nn.Module]) -> QuantLayer:
-    quantized = quantized_class(cls)
+    quantized: type[QuantLayer] = quantized_class(cls)  # type: ignore[arg-type]
     return quantized.__new__(quantized)
 
 
@@ -203,7 +202,7 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
     Raises:
         TypeError: Where Python cannot change the object's class.
     """
-    cls = quantized_class(float_class(layer))
+    cls: type[QuantLayer] = quantized_class(float_class(layer))  # type: ignore[arg-type]
     weight: Tensor = layer.weight  # type: ignore[assignment]
     weights = spec.weights
     channels = None
@@ -211,10 +210,11 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
         weights = dataclasses.replace(weights, axis=cls.weight_axis)
         channels = weight.shape[cls.weight_axis] if weights.needs_scale else None
     layer.__class__ = cls
-    layer.layer_spec = spec
+    quantized: Any = layer
     device = weight.device
-    layer.input_quantizer = Quantizer(spec.inputs, None, f"{name}input_quantizer", device)
-    layer.weight_quantizer = Quantizer(weights, channels, f"{name}weight_quantizer", device)
+    quantized.layer_spec = spec
+    quantized.input_quantizer = Quantizer(spec.inputs, None, f"{name}input_quantizer", device)
+    quantized.weight_quantizer = Quantizer(weights, channels, f"{name}weight_quantizer", device)
 
 
 def detach_quantizers(layer: nn.Module) -> None:

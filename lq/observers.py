@@ -92,6 +92,7 @@ class HistogramObserver(RangeObserver):
         if _world_size() == 1 or self.amax is None:
             return
         self._grow(_power_of_two_above(self.amax.item()), device)
+        assert self.counts is not None
         torch.distributed.all_reduce(self.counts)
 
 

@@ -9,7 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lq.functional import amax_to_scale, fake_quantize, is_exporting, round_to_dtype
+from lq.functional import (
+    along_axis,
+    amax_to_scale,
+    fake_quantize,
+    is_exporting,
+    round_to_dtype,
+)
 from lq.spec import QuantSpec
 
 
@@ -155,6 +161,12 @@ class Quantizer(nn.Module):
         quantize = torch.ops.lq.fake_quantize if is_exporting() else fake_quantize
         y: Tensor = quantize(x, scale, spec.qmin, spec.qmax, spec.axis)
         return y
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """Return where `x` lies beyond the range, as a mask."""
+        assert self.scale is not None
+        codes = x.detach() / along_axis(self.scale.detach(), self.spec.axis, x.dim())
+        return (codes < self.spec.qmin - 0.5) | (codes > self.spec.qmax + 0.5)
 
     def extra_repr(self) -> str:
         """Return format, axis and scale in a few words."""

@@ -120,7 +120,9 @@ class QuantSpec:
                 f"Expected `signed` to be True for format {self.format!r}, but got False: "
                 "only integer formats can be unsigned."
             )
-        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+        if self.axis is not None and (
+            isinstance(self.axis, bool) or not isinstance(self.axis, int)
+        ):
             raise ValueError(f"Expected `axis` to be an int or None, but got {self.axis!r}.")
 
     @property
@@ -139,7 +141,7 @@ class QuantSpec:
         if self.format == "fp8_e4m3":
             return FP8_MAX
         bits = self.number_format.bits
-        return 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
+        return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def qmin(self) -> float:
@@ -158,9 +160,7 @@ class QuantSpec:
         if isinstance(value, Mapping):
             _check_keys(value, [f.name for f in dataclasses.fields(cls)], where)
             return cls(**{**defaults, **value})
-        raise ValueError(
-            f"Expected {where} to be a format name or a mapping, but got {value!r}."
-        )
+        raise ValueError(f"Expected {where} to be a format name or a mapping, but got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ def attach_recipe(model: nn.Module, recipe: Recipe) -> None:
     """Let `model` save its recipe with its weights and check it when loading."""
     detach_recipe(model)
     setattr(model, RECIPE, recipe)
+    untyped: Any = model
     hooks = [
-        model.register_state_dict_post_hook(_save_recipe),
-        model.register_load_state_dict_pre_hook(_check_before_loading),
+        untyped.register_state_dict_post_hook(_save_recipe),
+        untyped.register_load_state_dict_pre_hook(_check_before_loading),
     ]
     setattr(model, _HOOKS, hooks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-_16_BIT = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_16_BIT: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def has_16_bit(model: ir.Model) -> bool:
@@ -35,8 +35,10 @@ def cast_through(model: ir.Model) -> ir.Model:
         to = _casts_to(node)
         if to in _16_BIT:
             _round_after(graph, node)
-        elif to is ir.DataType.FLOAT and types.get(node.inputs[0]) in _16_BIT:
-            _round_before(graph, node, types[node.inputs[0]])
+        elif to is ir.DataType.FLOAT and node.inputs[0] in types:
+            before = types[node.inputs[0]]
+            if before is not None and before in _16_BIT:
+                _round_before(graph, node, before)
     for node in graph:
         for value in node.outputs:
             if value.dtype in _16_BIT and _casts_to(node) not in _16_BIT:
@@ -51,8 +53,7 @@ def _round_after(graph: ir.Graph, cast: ir.Node) -> None:
     graph.insert_after(cast, back)
 
 
-def _round_before(graph: ir.Graph, cast: ir.Node, dtype: ir.DataType | None) -> None:
-    assert dtype is not None
+def _round_before(graph: ir.Graph, cast: ir.Node, dtype: ir.DataType) -> None:
     rounding = ir.node("Cast", [cast.inputs[0]], {"to": int(dtype)})
     graph.insert_before(cast, rounding)
     cast.replace_input_with(0, rounding.outputs[0])

@@ -43,7 +43,7 @@ class TensorRTRunner(Runner):
         if engine is None:
             raise RuntimeError(f"Cannot load {str(path)!r}: {logger(trt).errors()}")
         self.engine, self.context = engine, engine.create_execution_context()
-        self.stream = torch.cuda.Stream()
+        self.stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         mode = {name: engine.get_tensor_mode(name) for name in names}
         self.inputs = [n for n in names if mode[n] == trt.TensorIOMode.INPUT]

@@ -154,7 +154,7 @@ class _Build:
                 raise ValueError(f"tensorrt builds for the GPU at hand, {at_hand}, not {wanted!r}.")
             return at_hand
         known = {name for name in vars(self.trt.ComputeCapability) if name.startswith("SM")}
-        name = wanted or (at_hand if at_hand in known else "SM89")
+        name = wanted or (at_hand if at_hand is not None and at_hand in known else "SM89")
         if name not in known:
             raise ValueError(
                 f"Expected `compute_capability` to be one of {', '.join(sorted(known))}, "

@@ -40,7 +40,7 @@ def _add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(
         name=unique,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(array.shape),
         const_value=tensor,
     )
     graph.register_initializer(value)
@@ -70,14 +70,14 @@ def store_integer_weights(graph: ir.Graph) -> None:
         if node.op_type != "QuantizeLinear" or not _is_weight(node.inputs[0]):
             continue
         weight, scale = node.inputs[0], constant(node.inputs[1])
-        assert weight is not None and weight.const_value is not None and scale is not None
+        assert weight is not None
+        assert weight.const_value is not None
+        assert scale is not None
         array = weight.const_value.numpy()
         axis = node.attributes.get_int("axis", 1) if scale.ndim else None
         codes = np.rint(array / _along(scale, axis, array.ndim)).clip(-127, 127)
         name = f"{weight.name}.int8"
-        node.outputs[0].replace_all_uses_with(
-            _add_initializer(graph, name, codes.astype(np.int8))
-        )
+        node.outputs[0].replace_all_uses_with(_add_initializer(graph, name, codes.astype(np.int8)))
         graph.remove(node, safe=True)
 
 
@@ -125,7 +125,8 @@ def _fold(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, norm: ir.Node) -
         np.asarray(constant(value), dtype=np.float64) for value in norm.inputs[1:5]
     )
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
-    assert codes is not None and scale is not None
+    assert codes is not None
+    assert scale is not None
     factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
     scale = np.broadcast_to(scale, factor.shape)
     folded = (scale * np.abs(factor)).astype(np.float32)

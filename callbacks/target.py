@@ -1,0 +1,73 @@
+"""Which part of a LightningModule a callback works on, and the surgery on it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lq.module import QuantModule
+from lq.spec import Recipe
+from lq.state import recipe_of
+from lq.surgery import quantizable_layers, quantize
+
+
+def target_module(pl_module: L.LightningModule, name: str | None) -> nn.Module:
+    """Return the submodule of that name; without one, a QuantModule's model or the whole module.
+
+    Raises:
+        ValueError: If there is no such submodule, naming the nearest.
+    """
+    if name is None:
+        return pl_module.model if isinstance(pl_module, QuantModule) else pl_module
+    try:
+        return pl_module.get_submodule(name)
+    except AttributeError:
+        names = [n for n, _ in pl_module.named_modules() if n]
+        close = difflib.get_close_matches(name, names, n=1) or names[:5]
+        raise ValueError(
+            f"Expected `module` to be a submodule of {type(pl_module).__name__}, but got {name!r}; "
+            f"there is {', '.join(map(repr, close)) or 'none'}."
+        ) from None
+
+
+def quantize_target(
+    pl_module: L.LightningModule,
+    name: str | None,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+) -> nn.Module:
+    """Put quantizers on the target before weights are restored and optimizers made.
+
+    Callbacks are set up before the module configures itself, so that is done here first; a module
+    that quantizes itself keeps its own recipe.
+
+    Raises:
+        ValueError: If there is nothing to quantize.
+    """
+    if is_overridden("configure_model", pl_module):
+        pl_module.configure_model()
+    target = target_module(pl_module, name)
+    if recipe_of(target) is not None:
+        return target
+    if not quantizable_layers(target)[0]:
+        raise ValueError(
+            f"Expected {name or type(pl_module).__name__!r} to have layers to quantize, but found "
+            "none; build them in __init__ or configure_model (setup comes too late), or name "
+            "another `module`."
+        )
+    return quantize(target, recipe)
+
+
+def check_nothing_was_added(target: nn.Module, before: set[str]) -> None:
+    """Raise a ``RuntimeError`` if layers appeared after the surgery."""
+    late = set(quantizable_layers(target)[0]) - before
+    if late:
+        raise RuntimeError(
+            f"Layers were built after the quantizers were put in, in setup(): {sorted(late)[:3]}; "
+            "build them in __init__ or configure_model."
+        )

@@ -1,0 +1,6 @@
+"""The same program as the ``lq`` command."""
+
+from lq.cli import main
+
+if __name__ == "__main__":
+    main()
