@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lq.messages import suggest
 from lq.module import QuantModule
 from lq.spec import Recipe
 from lq.state import recipe_of
@@ -29,10 +29,9 @@ def target_module(pl_module: L.LightningModule, name: str | None) -> nn.Module:
         return pl_module.get_submodule(name)
     except AttributeError:
         names = [n for n, _ in pl_module.named_modules() if n]
-        close = difflib.get_close_matches(name, names, n=1) or names[:5]
         raise ValueError(
             f"Expected `module` to be a submodule of {type(pl_module).__name__}, but got {name!r}; "
-            f"there is {', '.join(map(repr, close)) or 'none'}."
+            f"{suggest(name, names)}"
         ) from None
 
 

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from lq.calibration import calibrate
+from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
 from lq.spec import QuantSpec, Recipe, Rule
-from lq.state import load_from_checkpoint
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:

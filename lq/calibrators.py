@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lq.messages import suggest
 from lq.observers import HistogramObserver, RangeObserver
 
 
@@ -65,6 +65,7 @@ class Calibrator:
     amax: Callable[..., Tensor]
 
 
+CALIBRATORS = ("max", "percentile", "percentile(p)")
 DEFAULT_PERCENTILE = 99.99
 
 
@@ -88,8 +89,7 @@ def parse_calibrator(name: str) -> Calibrator:
         if not 0 < percentile <= 100:
             raise ValueError(f"Expected a percentile in (0, 100], but got {name!r}.")
         return Calibrator(HistogramObserver, partial(percentile_amax, percentile=percentile))
-    close = difflib.get_close_matches(str(name), ["max", "percentile"], n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ValueError(
-        f"Expected `calibrator` to be one of max, percentile, percentile(p), but got {name!r}{hint}"
+        f"Expected `calibrator` to be one of {', '.join(CALIBRATORS)}, but got {name!r}; "
+        f"{suggest(name, CALIBRATORS)}"
     )

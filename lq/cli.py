@@ -13,10 +13,10 @@ from lightning.pytorch.cli import LightningCLI
 import lq
 from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.target import target_module
+from lq.checkpoint import read_checkpoint
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.module import QuantModule
-from lq.state import read_checkpoint
 
 
 class Trainer(L.Trainer):

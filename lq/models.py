@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.spec import _suggest
+from lq.messages import suggest
 
 
 class Subsample(nn.Module):
@@ -185,7 +185,7 @@ def _resolve(name: str) -> Callable[..., Any]:
     except ImportError as error:
         raise _not_importable(name, error) from None
     except AttributeError as error:
-        raise _not_found(name, error.obj, error.name) from None
+        raise _not_found(name, error.obj, str(error.name)) from None
     if not callable(found) or isinstance(found, nn.Module):
         kind = "a model already built" if callable(found) else f"of type {type(found).__name__}"
         raise ValueError(
@@ -222,7 +222,7 @@ def _not_found(name: str, holder: Any, missing: str) -> ValueError:
         names += [m.name for m in pkgutil.iter_modules(holder.__path__)]
     return ValueError(
         f"Expected `model` to name a factory, but got {name!r} and {where!r} has no {missing!r}; "
-        f"{_suggest(missing, names)}"
+        f"{suggest(missing, names)}"
     )
 
 
@@ -264,5 +264,5 @@ def _wrong_arguments(
     parameters = inspect.signature(factory).parameters.values()
     named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     known = [n for n in named if n not in kwargs] + ["num_classes"] * (len(named) < len(parameters))
-    hint = _suggest(match[1], known) if known else "it takes none."
+    hint = suggest(match[1], known) if known else "it takes none."
     return ValueError(f"Expected {name!r} to take `{match[1]}`, but it does not; {hint}")

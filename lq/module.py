@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lq.checkpoint import read_weights
 from lq.models import create_model
 from lq.spec import Recipe
-from lq.state import read_weights
 from lq.surgery import quantize
 
 STAGES = ("train", "val", "test")

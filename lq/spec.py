@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import yaml
 from torch import nn
 
 from lq.functional import FP8_MAX
+from lq.messages import suggest
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,12 @@ FORMATS: dict[str, Format] = {
 SKIP = "skip"
 
 
-def _suggest(given: str, valid: Iterable[str]) -> str:
-    """Return the end of an error message: the nearest valid spelling, or all of them."""
-    valid = list(valid)
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")
-    return f"choose from {shown}."
-
-
 def _check_format(name: Any, extra: tuple[str, ...] = ()) -> None:
     valid = [*FORMATS, *extra]
     if name not in valid:
         raise ValueError(
             f"Expected `format` to be a known number format, but got {name!r}; "
-            f"{_suggest(str(name), valid)}"
+            f"{suggest(name, valid)}"
         )
 
 
@@ -72,7 +62,7 @@ def _check_keys(given: Mapping[str, Any], valid: Iterable[str], where: str) -> N
     valid = list(valid)
     for key in given:
         if key not in valid:
-            raise ValueError(f"Unknown key {key!r} in {where}; {_suggest(str(key), valid)}")
+            raise ValueError(f"Unknown key {key!r} in {where}; {suggest(key, valid)}")
 
 
 @dataclass(frozen=True)
@@ -311,7 +301,7 @@ class Recipe:
                 )
                 raise ValueError(
                     f"Expected every rule to match a layer, but {rule.target} matches none; "
-                    f"{_suggest(str(given), valid)}"
+                    f"{suggest(given, valid)}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -385,7 +375,7 @@ class Recipe:
             return cls.from_yaml(value)
         raise ValueError(
             f"Expected `recipe` to be a preset or the path of a YAML file, but got {str(value)!r}; "
-            f"{_suggest(str(value), PRESETS)}"
+            f"{suggest(value, PRESETS)}"
         )
 
 

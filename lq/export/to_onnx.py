@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from onnxscript import opset18 as op
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
 from lq.calibration import eval_mode, model_inputs, quantizer_mode
@@ -94,13 +96,14 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
             args,
             kwargs=kwargs,
             dynamo=True,
-            optimize=True,
+            optimize=False,  # also fuses layers, which would lose their names
             verbose=False,
             opset_version=BF16_OPSET if _has_bf16(model) else OPSET,
             dynamic_shapes=_dynamic_shapes(args, kwargs) if dynamic_batch else None,
             custom_translation_table={torch.ops.lq.fake_quantize.default: _quantize_dequantize},
         )
     assert program is not None
+    _tidy(program.model)
     graph = program.model.graph
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
@@ -108,6 +111,19 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
     passes.remove_unused(graph)
     passes.name_after_modules(graph)
     return program.model
+
+
+def _tidy(model: ir.Model) -> None:
+    """Fold constants, share what is equal, drop what is unused."""
+    fold_constants(model)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
 
 
 def _quantize_dequantize(
