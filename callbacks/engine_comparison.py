@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lq.files import written_whole
 from lq.quantizer import Mode
 from lq.surgery import dequantize, quantizers
 
-log = logging.getLogger(__name__)
+ORDER = ("float", "float file", "PTQ", "QAT", "INT8 file")
 
 
 class EngineComparison(L.Callback):
@@ -92,12 +91,14 @@ class EngineComparison(L.Callback):
         return next((c for c in callbacks if isinstance(c, Export)), None)
 
     def _tell(self, trainer: L.Trainer, exported: Export | None) -> None:
+        rows = {name: self.rows[name] for name in ORDER if name in self.rows}
         data = getattr(trainer.datamodule, "name", "the data module")  # type: ignore[attr-defined]
-        print(f"\nOn {data}, {self.rows['QAT'].n} images:\n{comparison_table(self.rows)}")
+        print(f"\nOn {data}, {self.rows['QAT'].n} images:\n{comparison_table(rows)}")
+        print(_slower_than_float(rows), end="")
         if exported is not None:
-            rows = {name: dataclasses.asdict(row) for name, row in self.rows.items()}
+            plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
             with written_whole(exported.path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps({"data": data, "rows": rows}, indent=2))
+                temporary.write_text(json.dumps({"data": data, "rows": plain}, indent=2))
             print(f"ONNX:        {exported.path}")
             print(
                 f"Engine:      {exported.engine_path or 'none: no TensorRT builder is installed'}"
@@ -109,6 +110,18 @@ class EngineComparison(L.Callback):
 
 def _quantizes(target: nn.Module) -> bool:
     return any(q.mode is Mode.QUANTIZE and q.is_calibrated for q in quantizers(target).values())
+
+
+def _slower_than_float(rows: dict[str, Evaluation]) -> str:
+    """Return a line that warns where the integers bring no speed."""
+    quantized, float_file = rows.get("INT8 file"), rows.get("float file")
+    if quantized is None or float_file is None or quantized.latency_ms < float_file.latency_ms:
+        return ""
+    return (
+        f"Note: INT8 is not faster than float in {quantized.engine} for one image "
+        f"({quantized.latency_ms:.2f} against {float_file.latency_ms:.2f} ms); the graph is "
+        "written for TensorRT.\n"
+    )
 
 
 def _batches(trainer: L.Trainer) -> Any:

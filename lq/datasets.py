@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import pickle
 import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Sample = tuple[Tensor, int]
+Transform = Callable[[Image.Image], Tensor]
 
 
 class LabelledImages(NamedTuple):
@@ -33,7 +38,18 @@ class LabelledImages(NamedTuple):
         return LabelledImages(self.images[indices], self.labels[indices])
 
 
-class TensorImages(Dataset[Sample]):
+class ImageDataset(Dataset[Sample]):
+    """Labelled images, ready for a model."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def augmented(self) -> Self:
+        """Return the same images as training sees them: changed at random each time."""
+        raise NotImplementedError
+
+
+class TensorImages(ImageDataset):
     """Images held as uint8 and normalized when they are asked for, a batch at a time.
 
     ``(image / peak - mean) / std``
@@ -43,8 +59,6 @@ class TensorImages(Dataset[Sample]):
         mean: Mean of each channel, of values in 0..1.
         std: Standard deviation of each channel, of values in 0..1.
         peak: The brightest value in the images.
-        augment: Crop at random from the image padded by `padding` pixels, and flip every second.
-        padding: Pixels of padding.
     """
 
     def __init__(
@@ -53,12 +67,10 @@ class TensorImages(Dataset[Sample]):
         mean: Sequence[float],
         std: Sequence[float],
         peak: float = 255.0,
-        augment: bool = False,
-        padding: int = 4,
     ) -> None:
         self.images, self.labels = data
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-        self.peak, self.augment, self.padding = peak, augment, padding
+        self.peak, self.padding = peak, 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,10 +80,16 @@ class TensorImages(Dataset[Sample]):
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         images = self.images[indices]
-        if self.augment:
+        if self.padding:
             images = random_crop_flip(images, self.padding)
         images = (images / self.peak - self.mean) / self.std
         return list(zip(images.unbind(), self.labels[indices].tolist(), strict=True))
+
+    def augmented(self) -> Self:
+        """Return the images cropped at random with 4 pixels of padding, half of them mirrored."""
+        other = copy.copy(self)
+        other.padding = 4
+        return other
 
 
 def random_crop_flip(images: Tensor, padding: int) -> Tensor:
@@ -89,20 +107,25 @@ def random_crop_flip(images: Tensor, padding: int) -> Tensor:
     return padded[image, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
 
 
-class FolderImages(Dataset[Sample]):
+class FolderImages(ImageDataset):
     """Images in a folder for each class, read when they are asked for.
 
     Args:
         folder: Folder that holds the class folders.
         classes: Names of the class folders; a name's position is its label.
         transform: Makes a tensor of an RGB image.
+        train_transform: Does so for training.
 
     Raises:
         ValueError: If `folder` holds a class that is not in `classes`, or no images.
     """
 
     def __init__(
-        self, folder: Path, classes: list[str], transform: Callable[[Image.Image], Tensor]
+        self,
+        folder: Path,
+        classes: list[str],
+        transform: Transform,
+        train_transform: Transform,
     ) -> None:
         from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -121,7 +144,7 @@ class FolderImages(Dataset[Sample]):
                 f"Expected images in the class folders of {str(folder)!r}, but found none; "
                 f"known are {', '.join(IMG_EXTENSIONS)}."
             )
-        self.transform = transform
+        self.transform, self.train_transform = transform, train_transform
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -129,6 +152,12 @@ class FolderImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path, label = self.samples[index]
         return self.transform(read_rgb(path)), label
+
+    def augmented(self) -> Self:
+        """Return the images as `train_transform` makes them."""
+        other = copy.copy(self)
+        other.transform = self.train_transform
+        return other
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -156,7 +185,8 @@ def read_rgb(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
     except (
         OSError,
         ValueError,
@@ -263,11 +293,10 @@ def read_cifar(folder: Path, files: Sequence[str], num_classes: int) -> Labelled
         num_classes: 10, or 100 for the fine labels of CIFAR-100.
 
     Raises:
-        FileNotFoundError: If a file is missing, with its path.
-        ValueError: If a file is damaged or holds more than images and labels.
+        ValueError: If a file is missing, damaged or holds more than images and labels.
     """
     parts = []
-    for path in (_existing(folder / file) for file in files):
+    for path in (folder / file for file in files):
         batch = read_pickle(path)
         try:
             images = torch.tensor(np.asarray(batch["data"], np.uint8)).view(-1, 3, 32, 32)
@@ -296,28 +325,20 @@ def read_fashion_mnist(folder: Path, split: str) -> LabelledImages:
         split: ``"train"`` or ``"t10k"``.
 
     Raises:
-        FileNotFoundError: If a file is missing, with its path.
-        ValueError: If a file is damaged.
+        ValueError: If a file is missing or damaged.
     """
-    images = read_idx(_existing(folder / f"{split}-images-idx3-ubyte", ".gz"), dimensions=3)
-    path = _existing(folder / f"{split}-labels-idx1-ubyte", ".gz")
-    data = LabelledImages(images.unsqueeze(1), read_idx(path, dimensions=1).long())
-    _check(path, data, 10)
+    images = read_idx(folder / f"{split}-images-idx3-ubyte", dimensions=3)
+    labels = read_idx(folder / f"{split}-labels-idx1-ubyte", dimensions=1)
+    data = LabelledImages(images.unsqueeze(1), labels.long())
+    _check(folder, data, 10)
     return data
 
 
-def _existing(path: Path, packed: str = "") -> Path:
-    """Return the path of a file that is there, be it packed."""
-    for candidate in (path, path.with_name(path.name + packed)):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(str(path))
-
-
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Return an idx file of bytes: a magic number, big-endian sizes, the values."""
+    """Return what an idx file, or else ``path.gz``, holds: a magic number, sizes, bytes."""
+    packed = path.with_name(path.name + ".gz")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
         magic, *shape = struct.unpack_from(f">{dimensions + 1}I", data)
         if magic != 0x800 + dimensions:
             raise ValueError(f"it begins with {magic} instead of {0x800 + dimensions}")

@@ -110,6 +110,7 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
     passes.fold_batchnorm(graph)
     passes.remove_unused(graph)
     passes.name_after_modules(graph)
+    common.ClearMetadataAndDocStringPass()(program.model)  # holds paths of the machine
     return program.model
 
 

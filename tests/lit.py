@@ -1,0 +1,69 @@
+"""The plain LightningModule of Lightning's own quick start, unmodified, and data for it."""
+
+import lightning as L
+import torch
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class LitAutoEncoder(L.LightningModule):
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def training_step(self, batch, batch_idx):
+        # training_step defines the train loop.
+        # it is independent of forward
+        x, _ = batch
+        x = x.view(x.size(0), -1)
+        z = self.encoder(x)
+        x_hat = self.decoder(z)
+        loss = nn.functional.mse_loss(x_hat, x)
+        # Logging to TensorBoard (if installed) by default
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = optim.Adam(self.parameters(), lr=1e-3)
+        return optimizer
+
+
+class LitWithEvaluation(LitAutoEncoder):
+    """The same with a validation and a test step."""
+
+    def validation_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        self.log("val_loss", nn.functional.mse_loss(self.decoder(self.encoder(x)), x))
+
+    def test_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        self.log("test_loss", nn.functional.mse_loss(self.decoder(self.encoder(x)), x))
+
+
+def autoencoder(cls=LitAutoEncoder):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(28 * 28, 64), nn.ReLU(), nn.Linear(64, 3))
+    decoder = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 28 * 28))
+    return cls(encoder, decoder)
+
+
+def loader(scale=1.0, samples=64, batch_size=8):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(samples, 1, 28, 28, generator=generator) * scale
+    return DataLoader(TensorDataset(images, torch.zeros(samples)), batch_size)
+
+
+def trainer(folder, callbacks=(), **kwargs):
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "default_root_dir": folder,
+            "callbacks": list(callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            **kwargs,
+        }
+    )
