@@ -192,7 +192,7 @@ class PublishedDataModule(ImageDataModule):
     """
 
     folder: str
-    archive: str
+    by_hand: str
     ends: tuple[str, ...] = ("",)
     files: ClassVar[Mapping[str, Sequence[str]]]
     mean: tuple[float, ...]
@@ -213,6 +213,12 @@ class PublishedDataModule(ImageDataModule):
         _at_least("val_size", val_size, 1)
         self.root, self.download, self.augment, self.val_size = root, download, augment, val_size
         self.mean, self.std = mean or self.mean, std or self.std
+        for given in (self.mean, self.std):
+            if len(given) != self.input_shape[0]:
+                raise ValueError(
+                    f"Expected `mean` and `std` to have {self.input_shape[0]} values, one for each "
+                    f"channel, but got {given!r}."
+                )
 
     def read_part(self, part: str) -> LabelledImages:
         """Return the ``"train"`` or ``"test"`` images as they were published."""
@@ -239,7 +245,7 @@ class PublishedDataModule(ImageDataModule):
             ask = "call prepare_data()" if self.download else "pass download=True"
             raise FileNotFoundError(
                 f"Expected {self.name} in {str(Path(self.root, self.folder))!r}, but there is no "
-                f"{missing[0]!r}; {ask} to download it, or unpack {self.archive}."
+                f"{missing[0]!r}; {ask} to download it, or {self.by_hand}."
             )
         data = self.read_part(part)
         if part == "train":
@@ -261,7 +267,7 @@ class CIFAR10DataModule(PublishedDataModule):
     num_classes = 10
     input_shape = (3, 32, 32)
     folder = "cifar-10-batches-py"
-    archive = "cifar-10-python.tar.gz"
+    by_hand = "unpack cifar-10-python.tar.gz into `root`"
     files: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": [f"data_batch_{i}" for i in range(1, 6)],
         "test": ["test_batch"],
@@ -294,7 +300,7 @@ class CIFAR100DataModule(CIFAR10DataModule):
     name = "cifar100"
     num_classes = 100
     folder = "cifar-100-python"
-    archive = "cifar-100-python.tar.gz"
+    by_hand = "unpack cifar-100-python.tar.gz into `root`"
     files: ClassVar[Mapping[str, Sequence[str]]] = {"train": ["train"], "test": ["test"]}
 
 
@@ -308,7 +314,7 @@ class FashionMNISTDataModule(PublishedDataModule):
     num_classes = 10
     input_shape = (1, 28, 28)
     folder = "FashionMNIST/raw"
-    archive = "its four idx files (.gz) there"
+    by_hand = "put its four idx files (.gz) there"
     ends = ("", ".gz")
     files: ClassVar[Mapping[str, Sequence[str]]] = {
         "train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"],

@@ -238,8 +238,7 @@ def test_per_channel_inputs_in_a_rule_change_nothing() -> None:
 
 
 def test_attention_output_projection_is_left_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     projection = type(model.self_attn.out_proj)
 
     with caplog.at_level(logging.WARNING, "lq.surgery"):
@@ -249,11 +248,6 @@ def test_attention_output_projection_is_left_and_logged(caplog: pytest.LogCaptur
     assert list(quantized_layers(model)) == ["linear1", "linear2"]
     assert "self_attn.out_proj" in caplog.text
     assert "MultiheadAttention" in caplog.text
-    model.train()  # the fused eval path reads weights without calling the layers
-    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
-        dropout.p = 0.0
-    lq.calibrate(model, [x], progress=False)
-    assert model(x).isfinite().all()
 
 
 def test_attention_in_eval_runs_the_quantized_layers() -> None:
