@@ -73,27 +73,36 @@ class RangeCollector:
             quantizer.mode = self._modes[name]
 
     def finish(self) -> None:
-        """Set the ranges of all quantizers that saw data, and quantize from here on."""
+        """Set the ranges of all quantizers that saw data, and quantize from here on.
+
+        Raises:
+            RuntimeError: If no quantizer saw data, or a weight is not finite; the model is left
+                as it was before ``start``.
+        """
+        try:
+            ranges = self._input_ranges() | weight_ranges(self.model)
+        finally:
+            self.abort()
+        set_ranges(self.model, ranges)
+        set_mode(self.model, Mode.QUANTIZE)
+
+    def _input_ranges(self) -> dict[str, Tensor]:
         found = quantizers(self.model)
-        unseen = []
+        ranges = {}
         for name, observer in self.observers.items():
             scale = found[name].scale
             assert scale is not None
             observer.synchronize(scale.device)
-            if observer.amax is None:
-                unseen.append(name)
-            else:
-                found[name].amax = self.calibrator.amax(observer)
-        if unseen and len(unseen) == len(self.observers):
-            self.abort()
+            if observer.amax is not None:
+                ranges[name] = self.calibrator.amax(observer)
+        if self.observers and not ranges:
             raise RuntimeError(
                 "Expected the batches to reach the quantized layers, but no quantizer saw data."
             )
+        unseen = sorted(self.observers.keys() - ranges.keys())
         if unseen:
             log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
-        calibrate_weights(self.model)
-        self.abort()
-        set_mode(self.model, Mode.QUANTIZE)
+        return ranges
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -127,20 +136,37 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def set_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
+    """Set the largest magnitudes of quantizers by their qualified names."""
+    found = quantizers(model)
+    for name, amax in ranges.items():
+        found[name].amax = amax
+
+
 def calibrate_weights(model: nn.Module) -> None:
-    """Set the ranges of all weights to their largest magnitudes.
+    """Set the ranges of all weights, which takes no data.
 
     Raises:
-        RuntimeError: If a weight holds NaN or infinity.
+        RuntimeError: If a weight holds NaN or infinity, naming its layer.
     """
+    set_ranges(model, weight_ranges(model))
+
+
+def weight_ranges(model: nn.Module) -> dict[str, Tensor]:
+    """Return the largest magnitudes of all quantized weights, by their quantizers' names.
+
+    Raises:
+        RuntimeError: If a weight holds NaN or infinity, naming its layer.
+    """
+    ranges = {}
     for name, layer in quantized_layers(model).items():
-        quantizer = layer.weight_quantizer
-        if quantizer.spec.needs_scale:
-            weight: Any = layer.weight
+        quantizer, weight = layer.weight_quantizer, layer.weight
+        if quantizer.spec.needs_scale and isinstance(weight, Tensor):
             amax = weight_amax(weight, quantizer.spec.axis)
             if not bool(amax.isfinite().all()):
                 raise RuntimeError(f"Expected finite weights, but {name!r} has NaN or infinity.")
-            quantizer.amax = amax
+            ranges[f"{name}.weight_quantizer" if name else "weight_quantizer"] = amax
+    return ranges
 
 
 def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

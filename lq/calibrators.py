@@ -38,7 +38,7 @@ def percentile_amax(statistics: HistogramObserver, percentile: float) -> Tensor:
     counts, amax = statistics.counts, statistics.amax
     assert counts is not None
     assert amax is not None
-    cumulative = counts.cumsum(0)
+    cumulative = counts.cumsum(0).double()  # exact up to 2^53
     wanted = cumulative[-1] * (percentile / 100)
     edge = (torch.searchsorted(cumulative, wanted) + 1) * (statistics.limit / counts.numel())
     return torch.minimum(edge.to(amax), amax)
@@ -83,7 +83,7 @@ def parse_calibrator(name: str) -> Calibrator:
     """
     if name == "max":
         return Calibrator(RangeObserver, max_amax)
-    match = re.fullmatch(r"percentile(?:\(([0-9.]+)\))?", str(name))
+    match = re.fullmatch(r"percentile(?:\((\d+\.?\d*)\))?", str(name))
     if match:
         percentile = float(match[1]) if match[1] else DEFAULT_PERCENTILE
         if not 0 < percentile <= 100:

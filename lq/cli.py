@@ -18,7 +18,6 @@ from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.module import QuantModule
 
-
 KEYWORDS = ("best", "last", "hpc")
 """What ``--ckpt_path`` may say instead of a path."""
 

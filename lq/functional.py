@@ -64,7 +64,7 @@ def encode(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None 
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize in place; three times faster on CPU than the native operator."""
+    """Quantize and dequantize in place: on CPU faster than the native operator."""
 
     @staticmethod
     def forward(
@@ -87,9 +87,12 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _bounds(qmin: float, qmax: float) -> tuple[float, float]:
-    """Return where ``x / scale`` stops being rounded to a code within ``[qmin, qmax]``."""
-    margin = 0.0 if qmax == FP8_MAX else 0.5
-    return qmin - margin, qmax + margin
+    """Return the open interval of ``x / scale`` that is rounded to a code in ``[qmin, qmax]``."""
+    if qmax == FP8_MAX:
+        return qmin - 16.0, qmax + 16.0  # half way to where the next number would be
+    low, high = qmin - 0.5, qmax + 0.5
+    # A tie goes to the even code: in range at an even qmin, out of it at qmax, always odd.
+    return (low * (1 + 2**-22) if qmin % 2 == 0 else low), high
 
 
 def _masked_gradient(

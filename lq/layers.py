@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from lq.functional import is_exporting, round_to_dtype
 from lq.quantizer import Quantizer
@@ -46,10 +48,13 @@ class QuantLayer(nn.Module):
             bias = None if bias is None else round_to_dtype(bias, dtype)
         return self.input_quantizer(input), weight, bias
 
-    def result(self, output: Tensor, input: Tensor) -> Tensor:
-        """Return a 16-bit layer's output rounded to 16 bits, in the type of its input."""
+    def result(self, output: Any, input: Tensor) -> Any:
+        """Return a 16-bit layer's output rounded to 16 bits, in the type of its input.
+
+        What an own ``forward`` returns besides a tensor is not touched.
+        """
         dtype = self.input_quantizer.compute_dtype
-        if dtype is None:
+        if dtype is None or not isinstance(output, Tensor):
             return output
         return output.to(input.dtype) if is_exporting() else round_to_dtype(output, dtype)
 
@@ -60,29 +65,16 @@ class QuantLayer(nn.Module):
 
 
 class _QuantConv(QuantLayer):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         quantized, weight, bias = self.operands(input)
         output: Tensor = self._conv_forward(quantized, weight, bias)  # type: ignore[operator]
-        return self.result(output, input)
-
-
-class _QuantOwnForward(QuantLayer):
-    """For a class with its own ``forward``: runs it on the quantized input and weight."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(super().forward).bind(*args, **kwargs)
-        first = next(iter(bound.arguments))
-        input = bound.arguments[first]
-        bound.arguments[first], weight, bias = self.operands(input)
-        with _attributes(self, weight=weight, bias=bias):
-            output = super().forward(*bound.args, **bound.kwargs)
         return self.result(output, input)
 
 
 class _QuantConvTranspose(QuantLayer):
     weight_axis = 1
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
         quantized, weight, bias = self.operands(input)
         with _attributes(self, weight=weight, bias=bias):
             output: Tensor = super().forward(quantized, output_size)
@@ -90,7 +82,7 @@ class _QuantConvTranspose(QuantLayer):
 
 
 class _QuantLinear(QuantLayer):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         quantized, weight, bias = self.operands(input)
         return self.result(F.linear(quantized, weight, bias), input)
 
@@ -140,8 +132,9 @@ def _family(cls: type) -> type[nn.Module] | None:
 
 
 def float_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of a layer without quantizers."""
-    classes = (c for c in type(layer).__mro__ if issubclass(c, nn.Module) and _family(c))
+    """Return the class of a layer without quantizers and parametrizations."""
+    own = type_before_parametrizations(layer)
+    classes = (c for c in own.__mro__ if issubclass(c, nn.Module) and _family(c))
     return next(c for c in classes if not issubclass(c, QuantLayer))
 
 
@@ -159,9 +152,31 @@ def quantized_class(cls: type[nn.Module]) -> type[QuantLayer]:
     if family is None:
         raise ValueError(f"Expected a Conv, ConvTranspose or Linear class, but got {cls.__name__}.")
     quantized = QUANT_CLASSES[family]
-    mixin = quantized.__bases__[0] if _inherits_forward(cls) else _QuantOwnForward
-    namespace = {"__doc__": cls.__doc__, "weight_axis": quantized.weight_axis}
-    return type(f"Quant{cls.__name__}", (mixin, cls), namespace)
+    namespace: dict[str, Any] = {"__doc__": cls.__doc__, "weight_axis": quantized.weight_axis}
+    if _inherits_forward(cls):
+        return type(f"Quant{cls.__name__}", (quantized.__bases__[0], cls), namespace)
+    namespace["forward"] = _on_quantized_operands(cls)
+    return type(f"Quant{cls.__name__}", (QuantLayer, cls), namespace)
+
+
+def _on_quantized_operands(cls: type[nn.Module]) -> Callable[..., Any]:
+    """Return a class's own ``forward``, run on the quantized input and weight."""
+    first = [*inspect.signature(cls.forward).parameters, "input"][1]
+
+    @functools.wraps(cls.forward)
+    def forward(self: QuantLayer, *args: Any, **kwargs: Any) -> Any:
+        input = args[0] if args else kwargs.pop(first)
+        quantized, weight, bias = self.operands(input)
+        with _attributes(self, weight=weight, bias=bias):
+            output = cls.forward(self, quantized, *args[1:], **kwargs)
+        return self.result(output, input)
+
+    return forward
+
+
+def _shadows_weight(cls: type[nn.Module]) -> bool:
+    """Return whether a class's forward is run with the quantized weight in the weight's place."""
+    return issubclass(cls, _ConvTransposeNd) or not _inherits_forward(cls)
 
 
 def _inherits_forward(cls: type[nn.Module]) -> bool:
@@ -183,9 +198,8 @@ def unsupported(layer: nn.Module) -> str | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return "it has no weight tensor"
-    reads_weight = _family(type(layer)) and _inherits_forward(float_class(layer))
-    if "parametrizations" in layer._modules and not reads_weight:
-        return "its own forward reads a parametrized weight"
+    if is_parametrized(layer) and _shadows_weight(float_class(layer)):
+        return "its forward reads a parametrized weight"
     if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
         return "its weight is not a plain float tensor"
     return None
@@ -209,7 +223,7 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
     if weights.axis is not None:
         weights = dataclasses.replace(weights, axis=cls.weight_axis)
         channels = weight.shape[cls.weight_axis] if weights.needs_scale else None
-    layer.__class__ = cls
+    _change_class(layer, cls)
     quantized: Any = layer
     device = weight.device
     quantized.layer_spec = spec
@@ -220,7 +234,17 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
 def detach_quantizers(layer: nn.Module) -> None:
     """Turn a quantized layer into the float layer it was, in place."""
     cls = float_class(layer)
-    del layer.input_quantizer, layer.weight_quantizer, layer.layer_spec
+    quantized: Any = layer
+    del quantized.input_quantizer, quantized.weight_quantizer, quantized.layer_spec
+    _change_class(layer, cls)
+
+
+def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Change a layer's class, under the one that torch puts on top of parametrized layers."""
+    if is_parametrized(layer):
+        top = type(layer)
+        namespace = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
+        cls = type(top.__name__, (cls,), namespace)
     layer.__class__ = cls
 
 

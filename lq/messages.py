@@ -16,7 +16,8 @@ def suggest(given: object, valid: Iterable[str]) -> str:
         'choose from max, percentile.'
     """
     valid = list(valid)
-    close = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.5)
+    longer = [name for name in valid if name.startswith(str(given))] if given else []
+    close = longer or difflib.get_close_matches(str(given), valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")

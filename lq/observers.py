@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 BINS = 4096
 """Bins of a histogram of magnitudes."""
+_EXACT = 2**24
+"""histc counts in float32, which is exact up to here."""
 
 
 class RangeObserver:
@@ -75,8 +79,9 @@ class HistogramObserver(RangeObserver):
             return
         self._grow(_power_of_two_above(self.amax.item()), x.device)
         assert self.counts is not None
-        magnitudes = x.detach().float().abs()
-        self.counts += torch.histc(magnitudes, BINS, 0, self.limit).long()
+        shares = (x.detach().float().abs().flatten() * (1 / self.limit)).clamp_max_(1.0)
+        for part in torch.split(shares, _EXACT):
+            self.counts += torch.histc(part, BINS, 0, 1).long()
 
     def _grow(self, limit: float, device: torch.device) -> None:
         if self.counts is None:
@@ -114,8 +119,9 @@ def merge_bins(counts: Tensor, factor: float) -> Tensor:
 
 
 def _power_of_two_above(value: float) -> float:
-    """Return the smallest power of two greater than `value`, at least 2^-100."""
-    return max(2.0 ** int(torch.tensor(value).frexp().exponent), 2.0**-100)
+    """Return the smallest power of two above `value`, at least 2^-100."""
+    exponent = math.frexp(value)[1] if value else -100
+    return 2.0 ** max(exponent, -100)
 
 
 def _world_size() -> int:

@@ -95,7 +95,9 @@ class Quantizer(nn.Module):
         """Whether the scale is known: finite and positive everywhere."""
         if not self._calibrated and self.scale is not None:
             scale = self.scale.detach()
-            self._calibrated = bool((scale.isfinite() & (scale > 0)).all())
+            # A learned scale may step over zero; it is used as a small positive one then.
+            known = scale.isfinite() if self.spec.learn_scale else scale.isfinite() & (scale > 0)
+            self._calibrated = bool(known.all())
         return self._calibrated
 
     @property
@@ -156,8 +158,7 @@ class Quantizer(nn.Module):
                 "checkpoint."
             )
         spec = self.spec
-        # A learned scale must not step over zero.
-        scale = self.scale.clamp_min(1e-12) if spec.learn_scale else self.scale
+        scale = _positive(self.scale) if spec.learn_scale else self.scale
         quantize = torch.ops.lq.fake_quantize if is_exporting() else fake_quantize
         y: Tensor = quantize(x, scale, spec.qmin, spec.qmax, spec.axis)
         return y
@@ -198,4 +199,11 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._calibrated = not self.spec.needs_scale  # look again
+        self._calibrated = not self.spec.needs_scale
+        if self.scale is not None and not self.scale.is_meta:
+            _ = self.is_calibrated  # looks now, so that nothing has to while compiled or exported
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """Keep a learned scale above zero, letting its gradient through so that it can come back."""
+    return scale + (scale.clamp_min(1e-12) - scale).detach()

@@ -14,48 +14,11 @@ import torch
 import yaml
 from torch import nn
 
+from lq.formats import FORMATS, Format, check_format
 from lq.functional import FP8_MAX
 from lq.messages import suggest
 
-
-@dataclass(frozen=True)
-class Format:
-    """A number format.
-
-    Attributes:
-        name: Its name in recipes.
-        bits: Bits a number takes.
-        dtype: The torch type a layer computes in, for formats that are casts; ``None`` for those
-            that need a scale.
-    """
-
-    name: str
-    bits: int
-    dtype: torch.dtype | None = None
-
-    @property
-    def needs_scale(self) -> bool:
-        """Whether numbers are codes times a scale (int, fp8) and not plain floats."""
-        return self.dtype is None
-
-
-FORMATS: dict[str, Format] = {
-    **{f"int{bits}": Format(f"int{bits}", bits) for bits in range(2, 9)},
-    "fp8_e4m3": Format("fp8_e4m3", 8),
-    "fp16": Format("fp16", 16, torch.float16),
-    "bf16": Format("bf16", 16, torch.bfloat16),
-    "fp32": Format("fp32", 32, torch.float32),
-}
 SKIP = "skip"
-
-
-def _check_format(name: Any, extra: tuple[str, ...] = ()) -> None:
-    valid = [*FORMATS, *extra]
-    if name not in valid:
-        raise ValueError(
-            f"Expected `format` to be a known number format, but got {name!r}; "
-            f"{suggest(name, valid)}"
-        )
 
 
 def _check_keys(given: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
@@ -99,7 +62,12 @@ class QuantSpec:
     learn_scale: bool = False
 
     def __post_init__(self) -> None:
-        _check_format(self.format)
+        check_format(self.format)
+        for name in ("signed", "symmetric", "narrow", "learn_scale"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"Expected `{name}` to be true or false, but got {getattr(self, name)!r}."
+                )
         if not self.symmetric:
             raise ValueError(
                 "Expected `symmetric` to be True, but got False: TensorRT needs zero-point 0; "
@@ -174,6 +142,9 @@ class LayerSpec:
         return self.weights.format == self.inputs.format == "fp32"
 
 
+FLOAT_LAYER = LayerSpec(QuantSpec("fp32"), QuantSpec("fp32"))
+
+
 @dataclass(frozen=True)
 class Rule:
     """One exception to a recipe's defaults.
@@ -202,7 +173,7 @@ class Rule:
                 f"but the rule for {self.target} has {'both' if alone else 'neither'}."
             )
         if self.format is not None:
-            _check_format(self.format, extra=(SKIP,))
+            check_format(self.format, extra=(SKIP,))
 
     @property
     def target(self) -> str:
@@ -269,13 +240,14 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(_narrow(rule) for rule in self.rules))
         object.__setattr__(self, "weights", dataclasses.replace(self.weights, narrow=True))
-        if self.inputs.axis is not None:
-            raise ValueError(
-                f"Expected `inputs` to be per tensor (axis=None), but got axis={self.inputs.axis}: "
-                "engines multiply integers whose input scale is one number."
-            )
+        for inputs in (self.inputs, *(rule.inputs for rule in self.rules)):
+            if inputs is not None and inputs.axis is not None:
+                raise ValueError(
+                    f"Expected `inputs` to be per tensor (axis=None), but got axis={inputs.axis}: "
+                    "engines multiply integers whose input scale is one number."
+                )
         if self.fallback is not None:
-            _check_format(self.fallback)
+            check_format(self.fallback)
             if FORMATS[self.fallback].needs_scale:
                 raise ValueError(
                     f"Expected `fallback` to be fp16, bf16 or fp32, but got {self.fallback!r}."
@@ -329,7 +301,7 @@ class Recipe:
             raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
         _check_keys(values, ["weights", "inputs", "rules", "fallback"], "the recipe")
         rules = values.get("rules") or ()
-        if isinstance(rules, (str, Mapping)):
+        if not isinstance(rules, (list, tuple)):
             raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
         return cls(
             weights=QuantSpec.parse(values.get("weights", "int8"), "weights", **_WEIGHT_DEFAULTS),
@@ -393,6 +365,10 @@ def _parse_rule(values: Any, index: int) -> Rule:
         raise ValueError(f"Expected {where} to be a mapping, but got {values!r}.")
     _check_keys(values, [f.name for f in dataclasses.fields(Rule)], where)
     values = dict(values)
+    if isinstance(
+        values.get("name"), int
+    ):  # a layer of nn.Sequential, which YAML reads as a number
+        values["name"] = str(values["name"])
     if values.get("weights") is not None:
         values["weights"] = QuantSpec.parse(values["weights"], where, **_WEIGHT_DEFAULTS)
     if values.get("inputs") is not None:

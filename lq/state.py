@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lq.layers import is_quantizable, unsupported
 from lq.quantizer import Quantizer
-from lq.spec import Recipe
+from lq.spec import FLOAT_LAYER, LayerSpec, Recipe
 
 RECIPE = "lq_recipe"
 """Attribute of a quantized model that holds its recipe, and the state_dict key it travels under."""
@@ -52,7 +53,10 @@ def encode_recipe(recipe: Recipe) -> Tensor:
 
 def decode_recipe(stored: Tensor) -> Recipe:
     """Return the recipe in a tensor made by ``encode_recipe``."""
-    return Recipe.from_dict(json.loads(bytes(stored.cpu().tolist())))
+    try:
+        return Recipe.from_dict(json.loads(bytes(stored.cpu().tolist())))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"The recipe in the state_dict is damaged: {error}.") from None
 
 
 def _save_recipe(
@@ -88,7 +92,7 @@ def _check_before_loading(
             f"{_count(extra, 'not in the model')}. Quantize the model with the recipe it was "
             "saved with (lq.load_from_checkpoint does), or load float weights."
         )
-    elif given and stored is not None:
+    elif stored is not None:
         errors.extend(_other_specs(model, decode_recipe(stored)))
     for key in missing:
         state_dict[key] = torch.full_like(scales[key], torch.nan)
@@ -104,10 +108,13 @@ def _count(keys: Iterable[str], what: str) -> str:
 
 def _other_specs(model: nn.Module, stored: Recipe) -> list[str]:
     """Return an error where the stored recipe gives a layer another spec than it has."""
+    nested = tuple(f"{n}." for n, m in model.named_modules() if n and recipe_of(m) is not None)
     for name, layer in model.named_modules():
-        spec = getattr(layer, "layer_spec", None)
-        if spec is not None and stored.layer_spec(name, layer) != spec:
-            theirs = stored.layer_spec(name, layer)
+        if not is_quantizable(layer) or unsupported(layer) or f"{name}.".startswith(nested):
+            continue
+        spec: LayerSpec = getattr(layer, "layer_spec", FLOAT_LAYER)
+        theirs = stored.layer_spec(name, layer)
+        if theirs != spec and not (theirs.is_float and spec.is_float):
             return [
                 f"The state_dict was quantized by another recipe: layer {name!r} has weights in "
                 f"{theirs.weights.format} and inputs in {theirs.inputs.format} there, but "

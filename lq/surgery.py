@@ -102,6 +102,7 @@ def quantize(model: ModuleT, recipe: Recipe | str | Path | Mapping[str, Any]) ->
             detach_quantizers(layer)
         if not spec.is_float:
             attach_quantizers(layer, spec, f"{name}." if name else "")
+    _leave_fast_path(model)
     if left:
         log.warning("Left float: %s.", _describe(left))
     for module in model.modules():
@@ -129,3 +130,20 @@ def dequantize(model: ModuleT) -> ModuleT:
 
 def _describe(left: Mapping[str, str]) -> str:
     return "; ".join(f"{name} ({reason})" for name, reason in left.items())
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Make transformer layers call their Linears.
+
+    In eval mode ``nn.TransformerEncoderLayer`` reads the weights of its Linears and calls a fused
+    operator instead, unless a module in it has a hook.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for quantizer in quantizers(module).values():
+                if not quantizer._forward_pre_hooks:
+                    quantizer.register_forward_pre_hook(_no_op)
+
+
+def _no_op(_module: nn.Module, _args: Any) -> None:
+    """Do nothing; being there is enough."""

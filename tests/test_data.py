@@ -203,12 +203,10 @@ def test_calibration_sees_training_images_only(request, name):
     train = set(keys(images_of(module.train_dataloader())))
     assert len(calibration) == 20
     assert set(calibration) <= train
-    # Digits has pairs of equal images, so images of splits are told apart by position there.
-    if name != "digits":
-        held_out = keys(images_of(module.val_dataloader()))
-        held_out += keys(images_of(module.test_dataloader()))
-        assert len(set(calibration)) == 20
-        assert not set(held_out) & train
+    held_out = keys(images_of(module.val_dataloader()))
+    held_out += keys(images_of(module.test_dataloader()))
+    assert len(set(calibration)) == 20
+    assert not set(held_out) & train
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "image_folder"])

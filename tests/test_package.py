@@ -17,7 +17,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"functional", "files", "messages"},
+    {"functional", "files", "formats", "messages"},
     {"spec"},
     {"observers", "calibrators", "quantizer"},
     {"layers"},

@@ -386,10 +386,8 @@ def test_no_host_sync_once_calibrated(spec: QuantSpec, channels: int | None) -> 
     restored.load_state_dict(quantizer.state_dict())
     with SyncCounter() as counter:
         restored(X)
-        first = counter.calls.total()
         restored(X)
-    assert first == 1, "a loaded scale is looked at once"
-    assert counter.calls.total() == first
+    assert not counter.calls, "a loaded scale is looked at while loading"
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

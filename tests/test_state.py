@@ -314,6 +314,7 @@ class TestReadCheckpoint:
         ],
     )
     @pytest.mark.parametrize("suffix", ["ckpt", "pth", "safetensors"])
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_garbage(self, tmp_path: Path, content: bytes, suffix: str) -> None:
         path = tmp_path / f"garbage.{suffix}"
         path.write_bytes(content)
@@ -321,6 +322,7 @@ class TestReadCheckpoint:
         with pytest.raises(ValueError, match=rf"garbage\.{suffix}.*cannot be read"):
             read_checkpoint(path)
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_random_bytes(self, tmp_path: Path) -> None:
         path = tmp_path / "random.ckpt"
         for seed in range(200):
