@@ -17,7 +17,7 @@ import lq
 
 
 def native(x, scale, qmin, qmax, axis=None):
-    """torch's own operators, which the library uses on CUDA."""
+    """Torch's own operators, which the library uses on CUDA."""
     return lq.functional._native(x, scale, int(qmin), int(qmax), axis)
 
 

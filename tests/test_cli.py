@@ -12,7 +12,6 @@ from lq import cli
 from lq.models import digits_cnn
 
 
-
 @pytest.fixture(autouse=True)
 def in_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -99,9 +98,7 @@ def fails(capsys, arguments):
         pytest.param({"model__weights": "no.ckpt"}, "no.ckpt", id="weights"),
         pytest.param({"trainer__max_epoch": 3}, "max_epoch", id="trainer key"),
         pytest.param({"data__class_path": "lq.data.DigitDataModule"}, "DigitDataModule", id="data"),
-        pytest.param(
-            {"data__init_args": {"batch_size": 0}}, "batch_size", id="batch of zero"
-        ),
+        pytest.param({"data__init_args": {"batch_size": 0}}, "batch_size", id="batch of zero"),
         pytest.param(
             {"data__class_path": "lq.data.CIFAR10DataModule"}, "download=True", id="no images"
         ),

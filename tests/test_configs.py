@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.test_data import batch, published
 
 from lq import cli
 from lq.models import create_model
+from tests.test_data import batch, published
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FACTORIES = {

@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
-from tests.lit import trainer
 from torch import nn
 
 import lq
@@ -12,6 +11,7 @@ from lq.callbacks import QuantizationAwareTraining
 from lq.data import DigitsDataModule
 from lq.models import digits_cnn
 from lq.surgery import quantized_layers, quantizers
+from tests.lit import trainer
 
 
 def fitted(folder, **kwargs):

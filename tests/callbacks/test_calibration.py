@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.lit import LitWithEvaluation, autoencoder, loader, trainer
 from torch import nn
 
 import lq
 from lq.callbacks import Calibration
 from lq.data import DigitsDataModule
 from lq.surgery import quantizers
+from tests.lit import LitWithEvaluation, autoencoder, loader, trainer
 
 
 def digits_module(**kwargs):

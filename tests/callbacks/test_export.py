@@ -6,12 +6,12 @@ import lightning as L
 import onnxruntime as ort
 import pytest
 import torch
-from tests.lit import LitWithEvaluation, autoencoder, loader, trainer
 from torch import nn
 
 import lq
 from lq.callbacks import Export, QuantizationAwareTraining
 from lq.export import engine
+from tests.lit import LitWithEvaluation, autoencoder, loader, trainer
 
 
 def test_submodule_of_a_plain_module(tmp_path):

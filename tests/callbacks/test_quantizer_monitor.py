@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.lit import autoencoder, loader, trainer
 
 import lq
 from lq.callbacks import QuantizationAwareTraining, QuantizerMonitor
 from lq.callbacks.quantizer_monitor import quantizer_figures
+from tests.lit import autoencoder, loader, trainer
 
 
 def test_logs_every_quantizer_at_the_interval(tmp_path):
