@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
 from lq.formats import FORMATS, Format, check_format
 from lq.functional import FP8_MAX
+from lq.gemm import is_small
 from lq.messages import suggest
 
 SKIP = "skip"
@@ -256,7 +256,7 @@ class Recipe:
     def layer_spec(self, name: str, layer: nn.Module) -> LayerSpec:
         """Return the specs of one layer by its qualified name."""
         spec = LayerSpec(self.weights, self.inputs)
-        if self.fallback is not None and _is_small(layer):
+        if self.fallback is not None and is_small(layer):
             spec = Rule(name=name, format=self.fallback).apply(spec)
         for rule in self.rules:
             if rule.matches(name, layer):
@@ -392,21 +392,6 @@ def _without_none(value: Any) -> Any:
         # `axis: null` says per tensor and stays; other missing values are defaults.
         return {k: _without_none(v) for k, v in value.items() if v is not None or k == "axis"}
     return [_without_none(v) for v in value] if isinstance(value, list) else value
-
-
-def _is_small(layer: nn.Module) -> bool:
-    """Return whether a layer's GEMM has K or N below 16 in each group."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
-        return False
-    groups = getattr(layer, "groups", 1)
-    rows, columns = weight.shape[0], weight.shape[1]
-    kernel = weight[0, 0].numel()
-    if getattr(layer, "transposed", False):
-        reduction, outputs = rows // groups * kernel, columns
-    else:
-        reduction, outputs = columns * kernel, rows // groups
-    return min(reduction, outputs) < 16
 
 
 PRESETS: dict[str, Recipe] = {

@@ -17,7 +17,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"functional", "files", "formats", "messages"},
+    {"functional", "files", "formats", "gemm", "messages"},
     {"spec"},
     {"observers", "calibrators", "quantizer"},
     {"layers"},
@@ -25,7 +25,8 @@ LEVELS = [
     {"export"},
     {"engines"},
     {"parity", "evaluation"},
-    {"models", "data", "datasets", "module"},
+    {"datasets"},
+    {"models", "data", "module"},
     {"callbacks"},
     {"cli", "__main__"},
 ]
@@ -35,7 +36,7 @@ UPWARDS = {("export", "parity")}
 
 
 def sources() -> list[Path]:
-    return sorted([*(ROOT / "lq").glob("*.py"), *(ROOT / "lq").glob("e*/*.py")]) + sorted(
+    return sorted([*(ROOT / "lq").glob("*.py"), *(ROOT / "lq").glob("[de]*/*.py")]) + sorted(
         (ROOT / "callbacks").glob("*.py")
     )
 

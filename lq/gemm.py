@@ -1,0 +1,36 @@
+"""How large the matrix product of a layer is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+TENSOR_CORE = 16
+"""Products with fewer rows or columns than this gain nothing from integer tensor cores."""
+
+
+def gemm_size(layer: nn.Module) -> tuple[int, int] | None:
+    """Return the size ``(K, N)`` of a layer's product in each group, ``None`` without a weight.
+
+    A convolution is the product of ``[pixels, K]`` by ``[K, N]``, with ``K`` inputs times kernel
+    size and ``N`` outputs.
+
+    Example:
+        >>> gemm_size(nn.Conv2d(8, 32, 3))
+        (72, 32)
+        >>> gemm_size(nn.Conv2d(32, 32, 3, groups=32))
+        (9, 1)
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    groups, kernel = getattr(layer, "groups", 1), weight[0, 0].numel()
+    rows, columns = weight.shape[:2]
+    if getattr(layer, "transposed", False):
+        return rows // groups * kernel, columns
+    return columns * kernel, rows // groups
+
+
+def is_small(layer: nn.Module) -> bool:
+    """Return whether integer tensor cores bring a layer nothing."""
+    size = gemm_size(layer)
+    return size is not None and min(size) < TENSOR_CORE
