@@ -100,14 +100,15 @@ def _masked_gradient(
 ) -> Tensor:
     """Return `grad` where `x` was in range and 0 elsewhere."""
     low, high = _bounds(qmin, qmax)
+    # One pass without a mask in memory, with open bounds; they are numbers, so where the scale is
+    # not one that can be read without waiting, x is divided first.
     if axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         step = scale.item()
-        # One pass without a mask in memory; its bounds are open.
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-        return passed
-    scale = along_axis(scale, axis, x.dim())
-    inside = (x > low * scale) & (x < high * scale)
-    return grad * inside
+        low, high = low * step, high * step
+    else:
+        x = x / along_axis(scale, axis, x.dim())
+    passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+    return passed
 
 
 def _scale_gradient(

@@ -66,6 +66,8 @@ class ParityReport:
         mean_difference: Mean absolute difference of outputs.
         sqnr_db: Outputs of the file against those of the model.
         max_code_difference: Largest difference of codes in any layer, fed the same codes.
+        cast_through: Whether 16-bit layers ran in float32 with operands and results rounded, for
+            want of 16-bit kernels on the CPU.
         first_divergence: First layer beyond tolerance, ``None`` when all agree.
         layers: Every quantizer's figures, in the order they run.
     """
@@ -78,6 +80,7 @@ class ParityReport:
     sqnr_db: float
     max_code_difference: int
     first_divergence: str | None
+    cast_through: bool = False
     layers: list[LayerParity] = field(repr=False, default_factory=list)
 
     @property
@@ -92,11 +95,12 @@ class ParityReport:
     def summary(self) -> str:
         """Return the report in a line."""
         where = f", first diverging layer {self.first_divergence!r}" * bool(self.first_divergence)
+        how = "; 16-bit layers rounded in float32" * self.cast_through
         return (
             f"{self.n} samples, top-1 agreement {self.top1_agreement:.2%} "
             f"(confident samples {self.confident_agreement:.2%}), output difference max "
             f"{self.max_difference:.2g} mean {self.mean_difference:.2g}, SQNR {self.sqnr_db:.1f} "
-            f"dB, codes differ by at most {self.max_code_difference} per layer{where}"
+            f"dB, codes differ by at most {self.max_code_difference} per layer{where}{how}"
         )
 
 
@@ -139,7 +143,7 @@ def compare(model: nn.Module, onnx: str | Path, batches: Iterable[Any]) -> Parit
                 expected = tensors(model(*args, **kwargs))
             outputs.add(expected, whole.run(*args, **kwargs))
             cut.compare(recorder, args, kwargs)
-    return outputs.report(cut.layers())
+    return outputs.report(cut.layers(), whole.cast_through)
 
 
 class _Recorder:
@@ -277,7 +281,7 @@ class _Outputs:
         self.confident += int(confident.sum())
         self.confident_agree += int((same & confident).sum())
 
-    def report(self, layers: list[LayerParity]) -> ParityReport:
+    def report(self, layers: list[LayerParity], cast_through: bool) -> ParityReport:
         """Return the figures over all batches."""
         if not self.n:
             raise ValueError("Expected `batches` to hold at least one sample, but got none.")
@@ -290,6 +294,7 @@ class _Outputs:
             sqnr_db=10 * math.log10(self.signal / self.noise) if self.noise else math.inf,
             max_code_difference=max((layer.max_code_difference for layer in layers), default=0),
             first_divergence=next((layer.layer for layer in layers if layer.diverges), None),
+            cast_through=cast_through,
             layers=layers,
         )
 

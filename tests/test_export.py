@@ -140,6 +140,7 @@ def test_16_bit_layers_are_casts(fmt: str, opset: int, tmp_path) -> None:
     model, x = net({"rules": [{"name": "grouped", "format": fmt}]})
     report = lq.export_onnx(model, x, tmp_path / "m.onnx")
     assert report.passed
+    assert "16-bit layers rounded" in report.summary()
     graph = ir.load(tmp_path / "m.onnx")
     assert graph.opset_imports[""] == opset
     conv = node(graph, "grouped")
