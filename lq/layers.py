@@ -255,7 +255,7 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
     An instance attribute is found before ``nn.Module`` looks among its parameters. Pruning and
     weight norm keep such attributes of their own, which are put back.
     """
-    attributes = vars(module)
+    attributes = module.__dict__  # vars() would break a compiled graph in torch 2.8
     before = {name: attributes[name] for name in values if name in attributes}
     attributes.update(values)
     try:
