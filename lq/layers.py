@@ -255,9 +255,10 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
     An instance attribute is found before ``nn.Module`` looks among its parameters. Pruning and
     weight norm keep such attributes of their own, which are put back.
     """
-    attributes = module.__dict__  # vars() would break a compiled graph in torch 2.8
+    attributes = module.__dict__
     before = {name: attributes[name] for name in values if name in attributes}
-    attributes.update(values)
+    for name, value in values.items():
+        attributes[name] = value
     try:
         yield
     finally:

@@ -225,6 +225,9 @@ def test_exports_two_fake_quantizers(case: Case) -> None:
     torch.testing.assert_close(program.module()(x, **case.kwargs), quantized(x, **case.kwargs))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="torch 2.8 does not trace shadowed parameters"
+)
 @ALL
 def test_compiles_without_graph_breaks(case: Case) -> None:
     _, quantized, x = built(case)

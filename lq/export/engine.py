@@ -133,6 +133,7 @@ class _Build:
     def __init__(self, trt: ModuleType, onnx: Path) -> None:
         self.trt = trt
         self.logger = logger(trt)
+        self.logger.recent = []
         self.builder = trt.Builder(self.logger)
         # TensorRT 10 needs the flag, 11 and RTX build nothing else.
         flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -103,10 +103,12 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
             custom_translation_table={torch.ops.lq.fake_quantize.default: _quantize_dequantize},
         )
     assert program is not None
-    _tidy(program.model)
     graph = program.model.graph
+    # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
+    _tidy(program.model)
+    passes.store_integer_weights(graph)  # and those that folding made constant
     passes.fold_batchnorm(graph)
     passes.remove_unused(graph)
     passes.name_after_modules(graph)
