@@ -13,7 +13,7 @@ from lq.calibration import calibrate, set_mode
 from lq.calibrators import parse_calibrator
 from lq.callbacks.target import quantize_target, target_module
 from lq.quantizer import Mode
-from lq.surgery import calibrated_share
+from lq.surgery import is_calibrated
 
 
 class Calibration(L.Callback):
@@ -28,6 +28,7 @@ class Calibration(L.Callback):
         calibrator: ``max``, ``percentile`` or ``percentile(99.9)``.
         recipe: What to quantize, for a module that does not quantize itself.
         module: Submodule to quantize; a QuantModule's model, or the whole module, if not given.
+        checkpoint: Where to save the calibrated module, for a later test or export.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Calibration(L.Callback):
         calibrator: str = "max",
         recipe: str | dict[str, Any] = "tensorrt_int8",
         module: str | None = None,
+        checkpoint: str | None = None,
     ) -> None:
         if batches < 1:
             raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
         parse_calibrator(calibrator)
         self.batches, self.calibrator = batches, calibrator
-        self.recipe, self.module = recipe, module
+        self.recipe, self.module, self.checkpoint = recipe, module, checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
@@ -50,7 +52,7 @@ class Calibration(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Run the sanity check in float."""
         target = target_module(pl_module, self.module)
-        if calibrated_share(target) < 1:
+        if not is_calibrated(target):
             set_mode(target, Mode.BYPASS)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,12 +74,14 @@ class Calibration(L.Callback):
 
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = target_module(pl_module, self.module)
-        if calibrated_share(target) == 1:
+        if is_calibrated(target):
             set_mode(target, Mode.QUANTIZE)
             return
         self._check_forward(target)
         batches = islice(calibration_batches(trainer), self.batches)
         calibrate(target, batches, self.calibrator, progress=trainer.is_global_zero)
+        if self.checkpoint is not None:
+            trainer.save_checkpoint(self.checkpoint)
 
     @staticmethod
     def _check_forward(target: nn.Module) -> None:

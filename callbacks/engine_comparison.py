@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lq.calibration import quantizer_mode
@@ -40,6 +42,21 @@ class EngineComparison(L.Callback):
         self.module = module
         self.rows: dict[str, Evaluation] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what would fail after the training."""
+        if getattr(trainer, "datamodule", None) is None:
+            raise RuntimeError(
+                "Expected a data module for EngineComparison to measure, but there is none; pass "
+                "`datamodule` to the trainer."
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        exported = self._exported(trainer)
+        if exported is not None and callbacks.index(exported) > callbacks.index(self):
+            raise RuntimeError(
+                "Expected Export before EngineComparison, which measures the exported file, but "
+                "got it after; list it first."
+            )
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
@@ -60,7 +77,7 @@ class EngineComparison(L.Callback):
             return
         self._add("QAT", target_module(pl_module, self.module), trainer)
         exported = self._exported(trainer)
-        if exported is not None:
+        if exported is not None and exported.report is not None:
             self._add("INT8 file", exported.path, trainer)
         self._tell(trainer, exported)
 
@@ -79,7 +96,8 @@ class EngineComparison(L.Callback):
         self._add("float file", path, trainer)
 
     def _add(self, name: str, model: nn.Module | Path, trainer: L.Trainer) -> None:
-        row = evaluate(model, _batches(trainer))
+        with torch.random.fork_rng(devices=[]):  # measuring must not change the training
+            row = evaluate(model, _batches(trainer))
         self.rows[name] = row
         for logger in trainer.loggers:
             figures = {f"comparison/{name}/top1": row.top1, f"comparison/{name}/top5": row.top5}
@@ -126,7 +144,7 @@ def _slower_than_float(rows: dict[str, Evaluation]) -> str:
 
 def _batches(trainer: L.Trainer) -> Any:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None:
-        raise RuntimeError("EngineComparison measures a data module's images: pass `datamodule`.")
-    data.setup("test")
-    return data.test_dataloader()
+    if is_overridden("test_dataloader", data, L.LightningDataModule):
+        data.setup("test")
+        return data.test_dataloader()
+    return data.val_dataloader()

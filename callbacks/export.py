@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lq.callbacks.target import target_module
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
+from lq.export.targets import TARGETS, check_target
 from lq.parity import ParityReport
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,10 @@ class Export(L.Callback):
         engine: bool = True,
         batches: int = 4,
     ) -> None:
+        if target not in TARGETS:
+            raise ValueError(
+                f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}."
+            )
         self.path, self.module, self.target = Path(path), module, target
         self.engine, self.batches = engine, batches
         self.report: ParityReport | None = None
@@ -52,7 +58,8 @@ class Export(L.Callback):
         self._seen = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
+        """Refuse what the target cannot run before anything is trained, and listen."""
+        check_target(target_module(pl_module, self.module), self.target)
         self._listen(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,9 +92,8 @@ class Export(L.Callback):
             target = target_module(pl_module, self.module)
             self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
-    def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = kwargs if kwargs else (args,)
-        self._seen.append(_detached(batch))
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seen.append(_detached(_as_batch(module, args, kwargs)))
         if len(self._seen) >= self.batches:
             self._stop()
 
@@ -102,12 +108,15 @@ class Export(L.Callback):
             return
         if not self._seen:
             raise RuntimeError(
-                f"Cannot export {self.module or type(pl_module).__name__!r}: its forward was never "
-                "called; name the `module` whose forward runs."
+                f"Expected the forward of {self.module or type(pl_module).__name__!r} to be "
+                "called, but it never was; name the `module` whose forward runs."
             )
         target = target_module(pl_module, self.module)
         if isinstance(target, L.LightningModule):
-            raise ValueError("Name the `module` to export: a LightningModule holds its trainer.")
+            raise ValueError(
+                f"Expected `module` to name a part of {type(target).__name__}, but got "
+                f"{self.module!r}: a LightningModule as a whole holds its trainer."
+            )
         self.report = export_onnx(
             target, self._seen[0], self.path, target=self.target, batches=self._seen
         )
@@ -123,6 +132,13 @@ class Export(L.Callback):
         build_engine(self.path, engine)
         self.engine_path = engine
         log.info("Wrote %s", engine)
+
+
+def _as_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a call's arguments as a batch: all by name where any was."""
+    if not kwargs:
+        return (args,)
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
 def _detached(value: Any) -> Any:

@@ -6,14 +6,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq.calibration import RangeCollector, set_mode
 from lq.calibrators import parse_calibrator
-from lq.callbacks.target import check_nothing_was_added, quantize_target, target_module
+from lq.callbacks.target import check_still_quantized, quantize_target, target_module
+from lq.qat import copy_scales, freeze_batchnorm, freeze_scales, learns_scales
 from lq.quantizer import Mode
-from lq.surgery import calibrated_share, quantizable_layers, quantizers
+from lq.surgery import is_calibrated, quantized_layers
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -38,6 +39,10 @@ class QuantizationAwareTraining(L.Callback):
     Raises:
         ValueError: If there is nothing to quantize.
         RuntimeError: If an averaging callback comes first: it would copy the float model.
+
+    Example:
+        >>> L.Trainer(callbacks=QuantizationAwareTraining("int8_fp16_fallback"), logger=False)
+        <lightning.pytorch.trainer.trainer.Trainer object at 0x...>
     """
 
     def __init__(
@@ -61,26 +66,35 @@ class QuantizationAwareTraining(L.Callback):
         self.freeze_batchnorm_epoch = freeze_batchnorm_epoch
         self._collector: RangeCollector | None = None
         self._batches = 0
-        self._layers: set[str] = set()
+        self._epoch = -1
+        self._layers: dict[str, nn.Module] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
+        target = quantize_target(pl_module, self.module, self.recipe)
+        self._layers = dict(quantized_layers(target))
+        self._epoch = -1
         if stage == "fit":
             self._check_order(trainer)
-        target = quantize_target(pl_module, self.module, self.recipe)
-        self._layers = set(quantizable_layers(target)[0])
+            self._check_schedule(trainer)
+            _check_strategy(trainer, target)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the quantizers idle until they know their ranges."""
         target = target_module(pl_module, self.module)
-        check_nothing_was_added(target, self._layers)
-        set_mode(target, Mode.QUANTIZE if calibrated_share(target) == 1 else Mode.BYPASS)
+        check_still_quantized(target, self._layers)
+        set_mode(target, Mode.QUANTIZE if is_calibrated(target) else Mode.BYPASS)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to collect ranges, and freeze what is to be frozen from this epoch on."""
-        target, epoch = target_module(pl_module, self.module), trainer.current_epoch
-        waiting = self._collector is None and calibrated_share(target) < 1
-        if waiting and epoch >= self.start_epoch:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Begin what begins in this epoch, also when a fit is resumed in the middle of it."""
+        epoch = trainer.current_epoch
+        if epoch == self._epoch:
+            return
+        self._epoch = epoch
+        target = target_module(pl_module, self.module)
+        if self._collector is None and epoch >= self.start_epoch and not is_calibrated(target):
             self._collector, self._batches = RangeCollector(target, self.calibrator), 0
             self._collector.start()
         if self.freeze_scales_epoch is not None and epoch >= self.freeze_scales_epoch:
@@ -113,6 +127,8 @@ class QuantizationAwareTraining(L.Callback):
         """Make do with fewer batches than asked for, where training was shorter."""
         if self._collector is not None and self._batches:
             self._finish(trainer, pl_module)
+        # Whatever has no range by now refuses to run, rather than running in float unnoticed.
+        set_mode(target_module(pl_module, self.module), Mode.QUANTIZE)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Leave no observers behind."""
@@ -140,29 +156,26 @@ class QuantizationAwareTraining(L.Callback):
                     "list it after QuantizationAwareTraining."
                 )
 
+    def _check_schedule(self, trainer: L.Trainer) -> None:
+        epochs = trainer.max_epochs
+        if epochs is not None and 0 <= epochs <= self.start_epoch and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"Expected `start_epoch` to be below the trainer's max_epochs, {epochs}, but got "
+                f"{self.start_epoch}: nothing would be quantized."
+            )
+
 
 def _averaging(trainer: L.Trainer) -> list[L.Callback]:
     kinds = (WeightAveraging, StochasticWeightAveraging)
     return [c for c in trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
 
 
-def copy_scales(source: nn.Module, copy: nn.Module) -> None:
-    """Give a copy of a quantized model, such as its moving average, the ranges of the original."""
-    found = quantizers(copy)
-    for name, quantizer in quantizers(source).items():
-        if quantizer.is_calibrated and quantizer.scale is not None:
-            found[name].amax = quantizer.amax  # type: ignore[assignment]
-
-
-def freeze_scales(model: nn.Module) -> None:
-    """Train learned scales no further."""
-    for quantizer in quantizers(model).values():
-        if quantizer.scale is not None:
-            quantizer.scale.requires_grad_(False)
-
-
-def freeze_batchnorm(model: nn.Module) -> None:
-    """Let BatchNorm layers use and keep their running statistics."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+def _check_strategy(trainer: L.Trainer, target: nn.Module) -> None:
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not learns_scales(target):
+        return
+    if not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise ValueError(
+            "Learned scales take no part until they are calibrated, which DDP must be told: "
+            "use strategy='ddp_find_unused_parameters_true'."
+        )

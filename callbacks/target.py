@@ -14,7 +14,7 @@ from lq.messages import suggest
 from lq.module import QuantModule
 from lq.spec import Recipe
 from lq.state import recipe_of
-from lq.surgery import quantizable_layers, quantize
+from lq.surgery import quantizable_layers, quantize, quantized_layers
 
 
 def target_module(pl_module: L.LightningModule, name: str | None) -> nn.Module:
@@ -62,11 +62,21 @@ def quantize_target(
     return quantize(target, recipe)
 
 
-def check_nothing_was_added(target: nn.Module, before: set[str]) -> None:
-    """Raise a ``RuntimeError`` if layers appeared after the surgery."""
-    late = set(quantizable_layers(target)[0]) - before
+def check_still_quantized(target: nn.Module, planned: Mapping[str, nn.Module]) -> None:
+    """Raise a ``RuntimeError`` if layers were built or replaced after the surgery."""
+    present = quantized_layers(target)
+    floats = {n for n in quantizable_layers(target)[0] if n not in present} - _left_float(target)
+    replaced = {name for name, layer in planned.items() if present.get(name) is not layer}
+    late = sorted(floats | replaced)
     if late:
         raise RuntimeError(
-            f"Layers were built after the quantizers were put in, in setup(): {sorted(late)[:3]}; "
-            "build them in __init__ or configure_model."
+            f"Expected layers to be built before the quantizers are put in, but {late[:3]} came "
+            "later; build them in __init__, or in a configure_model that builds them only once."
         )
+
+
+def _left_float(target: nn.Module) -> set[str]:
+    """Return the layers that the recipe leaves float."""
+    recipe = recipe_of(target)
+    layers = quantizable_layers(target)[0]
+    return {n for n, layer in layers.items() if recipe and recipe.layer_spec(n, layer).is_float}

@@ -82,7 +82,12 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path and path not in KEYWORDS:
-            read_checkpoint(path)
+            if "pytorch-lightning_version" not in read_checkpoint(path):
+                raise ValueError(
+                    f"Expected {path!r} to be a checkpoint of a fit, but it holds weights only; "
+                    "give them with --model.weights."
+                )
+            config["model"]["weights"] = None  # the checkpoint's take their place
         if "weights_only" in config:
             config["weights_only"] = True
 
@@ -109,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={"prog": "lq", "description": lq.__doc__},
             args=args,
         )
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
+    except Exception as error:
         if os.environ.get("LQ_TRACEBACK") == "1":
             raise
         print(f"lq: error: {_one_line(error)}", file=sys.stderr)

@@ -34,7 +34,7 @@ class Evaluation:
         n: Samples.
         latency_ms: Median time of a batch of one sample, in milliseconds.
         size_mb: Weights of a torch model, or the file, in 10^6 bytes.
-        simulated: Whether integers were simulated in float: then the latency is not INT8's.
+        simulated: Whether the formats were simulated in float32: then the latency is not theirs.
     """
 
     engine: str
@@ -64,6 +64,11 @@ def evaluate(model: nn.Module | str | Path | Runner, batches: Iterable[Any]) -> 
     """
     runner = open_engine(model)
     module = runner.model if isinstance(runner, TorchRunner) else _CPU
+    with runner.many_runs():
+        return _measured(runner, module, batches)
+
+
+def _measured(runner: Runner, module: nn.Module, batches: Iterable[Any]) -> Evaluation:
     top1 = top5 = None
     one: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     n = 0
@@ -88,7 +93,7 @@ def evaluate(model: nn.Module | str | Path | Runner, batches: Iterable[Any]) -> 
         n=n,
         latency_ms=_latency_ms(runner, *one),
         size_mb=runner.size_mb,
-        simulated=isinstance(runner, TorchRunner) and runner.simulates,
+        simulated=runner.simulates,
     )
 
 

@@ -195,6 +195,8 @@ def unsupported(layer: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "lazy layers have no weight yet; run one forward pass first"
+    if len(inspect.signature(layer.forward).parameters) == 0:
+        return "its forward takes no input"
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return "it has no weight tensor"

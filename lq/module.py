@@ -112,7 +112,14 @@ class QuantModule(L.LightningModule):
             raise ValueError("Expected a batch of images, but got an empty one.")
         logits = self(images)
         loss = F.cross_entropy(logits, target)
-        self.log(f"{stage}/loss", loss, batch_size=len(target), prog_bar=stage == "train")
+        training = stage == "train"
+        self.log(
+            f"{stage}/loss",
+            loss,
+            batch_size=len(target),
+            prog_bar=training,
+            sync_dist=not training,
+        )
         classes = logits.shape[1]
         for name, k in (("top1", 1), ("top5", min(5, classes))):
             share = multiclass_accuracy(logits, target, classes, top_k=k, average="micro")
@@ -123,7 +130,7 @@ class QuantModule(L.LightningModule):
                 average,
                 on_step=False,
                 on_epoch=True,
-                prog_bar=name == "top1" and stage != "train",
+                prog_bar=name == "top1" and not training,
             )
         return loss
 
@@ -132,7 +139,8 @@ class QuantModule(L.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -124,8 +124,8 @@ class Quantizer(nn.Module):
             self.scale.copy_(amax_to_scale(amax, self.spec.qmax))
         self._calibrated = True
 
-    def reset(self) -> None:
-        """Forget the range."""
+    def reset_parameters(self) -> None:
+        """Forget the range; called by name where modules made on the meta device come to life."""
         if self.scale is not None:
             with torch.no_grad():
                 self.scale.fill_(torch.nan)
@@ -154,8 +154,8 @@ class Quantizer(nn.Module):
         if not self.is_calibrated:
             raise RuntimeError(
                 f"Quantizer {self.name!r} is not calibrated: run lq.calibrate(model, batches), add "
-                "a Calibration or QuantizationAwareTraining callback, or load a calibrated "
-                "checkpoint."
+                "a Calibration or QuantizationAwareTraining callback, load a calibrated "
+                "checkpoint, or leave the layer float with a recipe rule (format: skip)."
             )
         spec = self.spec
         scale = _positive(self.scale) if spec.learn_scale else self.scale

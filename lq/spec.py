@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from lq.files import written_whole
 from lq.formats import FORMATS, Format, check_format
 from lq.functional import FP8_MAX
 from lq.gemm import is_small
@@ -164,6 +165,9 @@ class Rule:
     inputs: QuantSpec | None = None
 
     def __post_init__(self) -> None:
+        for key in ("name", "type"):
+            if not isinstance(getattr(self, key), (str, type(None))):
+                raise ValueError(f"Expected a rule's `{key}` to be text, but got {self}.")
         if self.name is None and self.type is None:
             raise ValueError(f"Expected a rule to have a `name` or a `type`, but got {self}.")
         alone = self.weights is not None or self.inputs is not None
@@ -317,7 +321,8 @@ class Recipe:
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe to a YAML file that ``from_yaml`` reads back."""
         text = yaml.safe_dump(_without_none(self.to_dict()), sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

@@ -34,10 +34,14 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
-def calibrated_share(model: nn.Module) -> float:
-    """Return which share of the quantizers knows its range, 1.0 for a model without any."""
-    known = [q.is_calibrated for q in quantizers(model).values() if q.spec.needs_scale]
-    return sum(known) / len(known) if known else 1.0
+def is_calibrated(model: nn.Module) -> bool:
+    """Return whether a model's calibration has run, or needs not.
+
+    Ranges are set all together, so one known range tells it; quantizers that no data reached stay
+    uncalibrated for good, and refuse to run.
+    """
+    need = [q for q in quantizers(model).values() if q.spec.needs_scale]
+    return not need or any(q.is_calibrated for q in need)
 
 
 def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -51,6 +55,8 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
                 layers[name] = module
             else:
                 left[name] = reason
+        elif isinstance(module, nn.MultiheadAttention):
+            left[f"{name}.in_proj".lstrip(".")] = "nn.MultiheadAttention has no layer for it"
     return layers, left
 
 

@@ -127,6 +127,44 @@ def test_bad_checkpoints(write, command, capsys):
     assert not list(Path().glob("*.onnx"))
 
 
+def test_weights_instead_of_a_checkpoint(capsys):
+    torch.save(digits_cnn().state_dict(), "w.pth")
+    for command in ("test", "export"):
+        error = fails(capsys, [command, *config(), "--ckpt_path=w.pth"])
+        assert "--model.weights" in error
+
+
+def test_ptq_checkpoint_exports_without_the_float_weights():
+    torch.save(digits_cnn().state_dict(), "w.pth")
+    settings = config(
+        model__weights="w.pth",
+        trainer__callbacks=[
+            {"class_path": "lq.callbacks.Calibration", "init_args": {"checkpoint": "ptq.ckpt"}}
+        ],
+    )
+    cli.main(["validate", *settings])
+    Path("w.pth").unlink()
+    cli.main(["export", *settings, "--ckpt_path=ptq.ckpt", "--path=m.onnx", "--engine=false"])
+    assert Path("m.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--trainer.accelerator=gpu"],
+        ["--trainer.devices=0"],
+        ["--trainer.fast_dev_run=-1"],
+        ["--model.model_args={num_classes: abc}"],
+        ["--model.model_args={num_classes: 3}"],
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(arguments, capsys):
+    if arguments == ["--trainer.accelerator=gpu"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fails(capsys, ["fit", *config(), *arguments])
+
+
 def test_wrong_channels(capsys):
     changes = {"model__model_args": {"in_channels": 3}}
     assert "channels" in fails(capsys, ["fit", *config(**changes)])

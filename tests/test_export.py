@@ -223,7 +223,7 @@ def test_layer_used_twice(tmp_path) -> None:
 def test_a_failed_export_leaves_no_file(change: dict, error: type, match: str, tmp_path) -> None:
     model, x = net(change.get("recipe", "tensorrt_int8"))
     if change.get("uncalibrated"):
-        model.conv.input_quantizer.reset()
+        model.conv.input_quantizer.reset_parameters()
     if change.get("half"):
         model.half()
     if "channels" in change:

@@ -209,7 +209,7 @@ def test_copies_give_equal_outputs(case: Case, how: str) -> None:
     assert type(clone) is type(quantized)
     assert clone.weight is not quantized.weight
     assert torch.equal(clone(x, **case.kwargs), quantized(x, **case.kwargs))
-    quantized.weight_quantizer.reset()
+    quantized.weight_quantizer.reset_parameters()
     assert clone.weight_quantizer.is_calibrated
 
 

@@ -146,7 +146,7 @@ def test_float_formats_round_and_have_no_scale(name: str, dtype: torch.dtype) ->
     assert repr(quantizer) == f"Quantizer({name})"
     with pytest.raises(ValueError, match=f"'quantizer' is {name} and has no range"):
         quantizer.amax = torch.tensor(1.0)
-    quantizer.reset()
+    quantizer.reset_parameters()
     assert quantizer.is_calibrated
 
 
@@ -218,7 +218,7 @@ def test_zero_range_gets_a_positive_scale() -> None:
 
 def test_reset_forgets() -> None:
     quantizer = calibrated(PER_TENSOR)
-    quantizer.reset()
+    quantizer.reset_parameters()
 
     assert not quantizer.is_calibrated
     with pytest.raises(RuntimeError, match="not calibrated"):
@@ -358,7 +358,7 @@ def test_copies_are_independent(spec: QuantSpec, channels: int | None, clone: An
     assert other.spec == spec
     other.mode = Mode.QUANTIZE
     assert torch.equal(other(X), expected)
-    quantizer.reset()
+    quantizer.reset_parameters()
     assert other.is_calibrated
     assert torch.equal(other(X), expected)
 

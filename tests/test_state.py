@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lq
 from lq.checkpoint import read_checkpoint, read_weights
 from lq.state import RECIPE, decode_recipe, encode_recipe, recipe_of
-from lq.surgery import calibrated_share, quantized_layers
+from lq.surgery import is_calibrated, quantized_layers
 
 SPECIAL = {"rules": [{"name": "1.fc", "format": "int4"}, {"name": "0", "format": "fp16"}]}
 
@@ -53,7 +53,7 @@ def test_a_float_state_dict_loads_strictly_and_leaves_no_ranges(was_calibrated: 
     assert not result.unexpected_keys
     assert list(given) == keys, "the caller's dict is untouched"
     assert torch.equal(model[0].weight, source[0].weight)
-    assert calibrated_share(model) == 0
+    assert not is_calibrated(model)
     with pytest.raises(RuntimeError, match=r"'0\.(input|weight)_quantizer' is not calibrated"):
         model(torch.randn(5, 6) if x is None else x)
 
@@ -184,7 +184,7 @@ def test_float_weights_load_into_a_child() -> None:
     outer.load_state_dict(nn.Sequential(net(seed=1)).state_dict())
 
     assert torch.equal(outer[0][0].weight, net(seed=1)[0].weight)
-    assert calibrated_share(outer) == 0
+    assert not is_calibrated(outer)
 
 
 def test_errors_in_a_child_name_the_whole_path() -> None:
@@ -235,7 +235,7 @@ def test_shared_modules_round_trip() -> None:
 
     assert torch.equal(other(x), model(x))
     other.load_state_dict(Shared().state_dict())
-    assert calibrated_share(other) == 0
+    assert not is_calibrated(other)
 
 
 def test_state_dict_is_a_snapshot_of_plain_tensors() -> None:

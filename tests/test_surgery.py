@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import lq
 from lq.layers import QuantLayer
 from lq.surgery import (
-    calibrated_share,
+    is_calibrated,
     quantizable_layers,
     quantized_layers,
     quantizers,
@@ -191,7 +191,7 @@ def test_formats_that_change_no_structure(name: str) -> None:
     lq.quantize(model, {"weights": name, "inputs": name})
 
     assert bool(quantized_layers(model)) is (name == "fp16")
-    assert calibrated_share(model) == 1.0
+    assert is_calibrated(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -262,7 +262,7 @@ def test_attention_in_eval_runs_the_quantized_layers() -> None:
     with torch.no_grad():
         y = model.eval()(x)
     assert not torch.allclose(y, expected, atol=1e-5), "the output must be the quantized one"
-    assert calibrated_share(model) == 1.0
+    assert is_calibrated(model)
 
 
 def test_lazy_layers_are_left_until_they_have_a_weight(caplog: pytest.LogCaptureFixture) -> None:
@@ -331,8 +331,8 @@ def test_copies_are_whole_and_independent(clone: Callable[[nn.Module], nn.Module
     assert list(other.state_dict()) == list(model.state_dict())
     float_state = {k: v for k, v in Net().state_dict().items()}
     other.load_state_dict(float_state)
-    assert calibrated_share(other) == 0
-    assert calibrated_share(model) == 1
+    assert not is_calibrated(other)
+    assert is_calibrated(model)
     lq.dequantize(other)
     assert anatomy(other) == anatomy(Net())
     assert "lq_recipe" in model.state_dict(), "the original keeps its hooks"
@@ -362,14 +362,14 @@ def test_training_flags_and_gradients_flags_stay() -> None:
     assert model.up.weight.requires_grad
 
 
-def test_calibrated_share() -> None:
+def test_is_calibrated() -> None:
     model, _ = net()
-    assert calibrated_share(model) == 1.0
+    assert is_calibrated(model)
 
     lq.quantize(model, "tensorrt_int8")
-    assert calibrated_share(model) == 0.0
+    assert not is_calibrated(model)
     model.fc.input_quantizer.amax = 1.0
-    assert calibrated_share(model) == pytest.approx(1 / 10)
+    assert is_calibrated(model)
 
 
 def test_repr_reads_as_a_report() -> None:

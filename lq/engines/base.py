@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,12 @@ class Runner(ABC):
 
     name: str
     size_mb: float
+    simulates = False
+    """Whether formats are simulated in float32, so that speed says nothing about them."""
+
+    def many_runs(self) -> AbstractContextManager[None]:
+        """Return a context in which many runs share what each would prepare."""
+        return nullcontext()
 
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:

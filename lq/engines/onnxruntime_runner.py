@@ -94,8 +94,8 @@ class OnnxRuntimeRunner(Runner):
         disabled = ["WeightBiasQuantization"] if rewrites_plan(model) else []
         on_cpu = self.providers == ["CPUExecutionProvider"]
         source: str | bytes = str(path) if path is not None else _serialized(model)
-        self.cast_through = on_cpu and has_16_bit(model)
-        if self.cast_through:
+        self.simulates = on_cpu and has_16_bit(model)
+        if self.simulates:
             log.info("ONNX Runtime's CPU has no 16-bit kernels; rounding to 16 bits in float32.")
             source = _serialized(cast_through(model))
         self.session = ort.InferenceSession(

@@ -25,8 +25,6 @@ class TensorRTRunner(Runner):
         RuntimeError: If there is no GPU, or the engine was built by another version.
     """
 
-    name = "TensorRT"
-
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         if not path.is_file():
@@ -38,6 +36,7 @@ class TensorRTRunner(Runner):
         if not torch.cuda.is_available():
             raise RuntimeError(f"Cannot run {str(path)!r}: TensorRT engines need an NVIDIA GPU.")
         self.trt = trt
+        self.name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[trt.__name__]
         self.size_mb = path.stat().st_size / 1e6
         engine = trt.Runtime(logger(trt)).deserialize_cuda_engine(path.read_bytes())
         if engine is None:

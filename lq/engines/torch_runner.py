@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,16 +23,23 @@ class TorchRunner(Runner):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.simulates = any(q.mode is Mode.QUANTIZE for q in quantizers(model).values())
         self.name = "torch, fake-quant" if self.simulates else "torch"
         held = [*model.parameters(), *model.buffers()]
         self.size_mb = sum(t.numel() * t.element_size() for t in held) / 1e6
+        self._in_eval_mode = False
 
-    @property
-    def simulates(self) -> bool:
-        """Whether integers are simulated in float, so that speed says nothing about INT8."""
-        return any(q.mode is Mode.QUANTIZE for q in quantizers(self.model).values())
+    @contextmanager
+    def many_runs(self) -> Iterator[None]:
+        """Keep the model in eval mode over many runs."""
+        with eval_mode(self.model):
+            self._in_eval_mode = True
+            try:
+                yield
+            finally:
+                self._in_eval_mode = False
 
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return all outputs for one batch."""
-        with eval_mode(self.model):
+        with nullcontext() if self._in_eval_mode else eval_mode(self.model):
             return tensors(self.model(*args, **kwargs))

@@ -72,7 +72,7 @@ class EngineInfo:
 def build_engine(
     onnx: str | Path,
     path: str | Path,
-    batch: tuple[int, int, int] = (1, 8, 32),
+    batch: tuple[int, int, int] = (1, 16, 64),
     compute_capability: str | None = None,
 ) -> EngineInfo:
     """Build a strongly typed engine from an ONNX file.

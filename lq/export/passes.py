@@ -12,6 +12,9 @@ import onnx_ir as ir
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply by a weight."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_CALL = "lq.call"
+OUTPUT_OF = "lq.output_of"
+"""Metadata of a node: the module whose output is the node's."""
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -45,6 +48,23 @@ def _add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def number_calls(graph: ir.Graph) -> None:
+    """Number the calls of every quantizer, before equal ones are merged and unused removed."""
+    calls: Counter[str] = Counter()
+    for node in graph:
+        if node.op_type == "QuantizeLinear":
+            node.metadata_props[_CALL] = str(calls[scope(node)])
+            calls[scope(node)] += 1
+
+
+def mark_outputs(graph: ir.Graph) -> None:
+    """Mark the nodes whose output is that of a module with a weight: the last of its nodes."""
+    last = {scope(node): node for node in graph if len(node.outputs) == 1}
+    weighted = {scope(node) for node in graph if node.op_type in WEIGHTED}
+    for name in weighted:
+        last[name].metadata_props.setdefault(OUTPUT_OF, name)
 
 
 def fold_weight_casts(graph: ir.Graph) -> None:
@@ -103,12 +123,17 @@ def fold_batchnorm(graph: ir.Graph) -> None:
     """
     for norm in [n for n in graph if n.op_type == "BatchNormalization"]:
         layer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-        if layer is None or layer.op_type not in WEIGHTED or len(layer.outputs[0].uses()) != 1:
+        if layer is None or layer.op_type not in WEIGHTED or not _only_feeds(layer, norm):
             continue
         dequantize = producer(layer.inputs[1], "DequantizeLinear")
         if dequantize is None or not _has_channel_axis(layer, dequantize):
             continue
         _fold(graph, layer, dequantize, norm)
+
+
+def _only_feeds(layer: ir.Node, node: ir.Node) -> bool:
+    output = layer.outputs[0]
+    return [user for user, _ in output.uses()] == [node] and not output.is_graph_output()
 
 
 def _has_channel_axis(layer: ir.Node, dequantize: ir.Node) -> bool:
@@ -152,6 +177,7 @@ def _fold(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, norm: ir.Node) -
     else:
         layer.resize_inputs(3)
         layer.replace_input_with(2, bias_value)
+    layer.metadata_props[OUTPUT_OF] = scope(norm)
     norm.outputs[0].replace_all_uses_with(layer.outputs[0], replace_graph_outputs=True)
     graph.remove(norm, safe=True)
 
@@ -181,7 +207,7 @@ def name_after_modules(graph: ir.Graph) -> None:
     outputs = set(graph.outputs)
     taken: Counter[str] = Counter()
     for node, wanted in _wanted_names(graph):
-        count = taken[wanted]
+        count = int(node.metadata_props.get(_CALL, taken[wanted]))
         taken[wanted] += 1
         node.name = wanted if count == 0 else f"{wanted}@{count}"
         for i, value in enumerate(node.outputs):
@@ -197,3 +223,16 @@ def _wanted_names(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
         if not name or not (node.op_type in WEIGHTED or quantizes or per_scope[name] == 1):
             name = f"{name}/{node.op_type}" if name else node.op_type
         yield node, name
+
+
+def clear_metadata(graph: ir.Graph) -> None:
+    """Drop what the exporter noted of each node, stack traces with paths of the machine too."""
+    for node in graph:
+        node.doc_string = None
+        kept = {k: v for k, v in node.metadata_props.items() if k == OUTPUT_OF}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*graph.inputs, *graph.initializers.values()]:
+        value.metadata_props.clear()

@@ -104,6 +104,7 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
         )
     assert program is not None
     graph = program.model.graph
+    passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
@@ -111,8 +112,9 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
     passes.store_integer_weights(graph)  # and those that folding made constant
     passes.fold_batchnorm(graph)
     passes.remove_unused(graph)
+    passes.mark_outputs(graph)
     passes.name_after_modules(graph)
-    common.ClearMetadataAndDocStringPass()(program.model)  # holds paths of the machine
+    passes.clear_metadata(graph)
     return program.model
 
 

@@ -65,7 +65,7 @@ class Unused(LitWithEvaluation):
 
 
 @pytest.mark.parametrize(
-    ("module", "match"), [("unused", "never called"), (None, "never called|Name the `module`")]
+    ("module", "match"), [("unused", "never was"), (None, "never was|name a part")]
 )
 def test_what_cannot_be_exported(tmp_path, module, match):
     export = Export(tmp_path / "m.onnx", module=module)
@@ -83,3 +83,42 @@ def test_hook_is_gone_after_an_exception(tmp_path):
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path, [Export(tmp_path / "m.onnx", "encoder"), Fails()]).fit(module, loader())
     assert not module.encoder._forward_pre_hooks
+
+
+def test_what_the_target_cannot_run_is_refused_before_training(tmp_path):
+    steps = []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *args):
+            steps.append(1)
+
+    callbacks = [
+        QuantizationAwareTraining({"inputs": "int4"}),
+        Export(tmp_path / "m.onnx", "encoder"),
+        Count(),
+    ]
+    with pytest.raises(ValueError, match=r"cannot run layer '0'.*int4"):
+        trainer(tmp_path, callbacks).fit(autoencoder(), loader())
+    assert not steps
+    with pytest.raises(ValueError, match="tensorflow"):
+        Export("m.onnx", target="tensorflow")
+
+
+def test_keyword_inputs(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(784, 4)
+
+        def forward(self, x, mask):
+            return self.fc(x * mask)
+
+    class Lit(LitWithEvaluation):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].flatten(1)
+            return self.decoder(self.encoder(x, mask=torch.ones_like(x))).square().mean()
+
+    export = Export(tmp_path / "m.onnx", "encoder", engine=False)
+    trainer(tmp_path, [export]).fit(Lit(Masked(), nn.Linear(4, 784)), loader())
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    assert {i.name for i in session.get_inputs()} == {"x", "mask"}

@@ -233,6 +233,89 @@ def test_learned_scales_train_until_frozen(tmp_path):
     assert torch.equal(seen[2], seen[3])
 
 
+class WithUnused(LitWithEvaluation):
+    def __init__(self):
+        super().__init__(nn.Linear(784, 8), nn.Linear(8, 784))
+        self.unused = nn.Linear(3, 3)
+
+
+def test_a_layer_without_data_does_not_repeat_the_calibration(tmp_path, caplog):
+    modes, module = Modes(), WithUnused()
+    callback = QuantizationAwareTraining(calibration_batches=2)
+    fit = trainer(tmp_path, [callback, modes], max_epochs=3, limit_train_batches=4)
+    fit.fit(module, loader())
+    assert [mode for _, mode in modes.seen] == ["observe"] * 2 + ["quantize"] * 10
+    assert "unused" in caplog.text
+    with pytest.raises(RuntimeError, match=r"unused\..*not calibrated"):
+        module.unused(torch.randn(1, 3))
+
+
+class StopAfter(L.Callback):
+    """Saves a checkpoint in the middle of an epoch."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Normed(LitAutoEncoder):
+    def __init__(self):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16))
+        super().__init__(encoder, nn.Linear(16, 784))
+
+
+@pytest.mark.parametrize("step", [3, 8, 11, 16])
+def test_resume_goes_on_where_it_was(tmp_path, step):
+    def fit(callbacks, ckpt_path=None):
+        module = Normed()
+        qat = QuantizationAwareTraining(calibration_batches=2, freeze_batchnorm_epoch=1)
+        run = trainer(tmp_path, [qat, *callbacks], max_epochs=3)
+        run.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
+        return module.state_dict()
+
+    whole = fit([StopAfter(step, tmp_path / "mid.ckpt")])
+    resumed = fit([], tmp_path / "mid.ckpt")
+    same = {k for k in whole if torch.equal(whole[k], resumed[k])}
+    if step % 8 == 0:  # epochs have 8 steps; in the middle Lightning reads the data from the start
+        assert same == whole.keys()
+    else:
+        assert {k for k in whole if k.endswith("scale")} <= same
+        # Statistics frozen from epoch 1 are those of the checkpoint, also when it was made later.
+        assert ("encoder.1.running_mean" in same) is (step > 8)
+
+
+def test_an_epoch_that_never_comes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="start_epoch"):
+        trainer(tmp_path, [QuantizationAwareTraining(start_epoch=2)]).fit(autoencoder(), loader())
+
+
+def test_learned_scales_under_ddp_name_the_strategy(tmp_path):
+    callback = QuantizationAwareTraining({"inputs": {"format": "int8", "learn_scale": True}})
+    run = trainer(tmp_path, [callback], strategy="ddp_spawn", devices=2)
+    with pytest.raises(ValueError, match="find_unused_parameters_true"):
+        callback.setup(run, autoencoder(), "fit")
+
+
+class RebuildsLayers(LitAutoEncoder):
+    def __init__(self):
+        super().__init__(nn.Linear(784, 8), nn.Linear(8, 784))
+
+    def configure_model(self):
+        self.encoder = nn.Linear(784, 8)
+
+
+class RebuildsInSetup(LitAutoEncoder):
+    def __init__(self):
+        super().__init__(nn.Linear(784, 8), nn.Linear(8, 784))
+
+    def setup(self, stage):
+        self.encoder = nn.Linear(784, 8)
+
+
 class LateLayers(LitAutoEncoder):
     def __init__(self):
         super().__init__(nn.Linear(784, 8), None)
@@ -250,6 +333,8 @@ class NoLayers(LitAutoEncoder):
     ("make", "arguments", "error", "match"),
     [
         pytest.param(LateLayers, {}, RuntimeError, r"decoder.*configure_model", id="late"),
+        pytest.param(RebuildsLayers, {}, RuntimeError, r"encoder.*only once", id="rebuilt"),
+        pytest.param(RebuildsInSetup, {}, RuntimeError, r"encoder.*came later", id="in setup"),
         pytest.param(NoLayers, {}, ValueError, "layers to quantize", id="none"),
         pytest.param(autoencoder, {"module": "encodr"}, ValueError, "'encoder'", id="typo"),
         pytest.param(

@@ -1,0 +1,36 @@
+"""What quantization-aware training does to a model besides training it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lq.surgery import quantizers
+
+
+def learns_scales(model: nn.Module) -> bool:
+    """Return whether a model has scales that train."""
+    return any(q.spec.learn_scale and q.spec.needs_scale for q in quantizers(model).values())
+
+
+def copy_scales(source: nn.Module, copy: nn.Module) -> None:
+    """Give a copy of a quantized model, such as its moving average, the ranges of the original."""
+    found = quantizers(copy)
+    for name, quantizer in quantizers(source).items():
+        amax = quantizer.amax
+        if amax is not None and quantizer.is_calibrated:
+            found[name].amax = amax
+
+
+def freeze_scales(model: nn.Module) -> None:
+    """Train learned scales no further."""
+    for quantizer in quantizers(model).values():
+        if quantizer.scale is not None:
+            quantizer.scale.requires_grad_(False)
+
+
+def freeze_batchnorm(model: nn.Module) -> None:
+    """Let BatchNorm layers use and keep their running statistics, until ``model.train()``."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
