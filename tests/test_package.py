@@ -21,7 +21,7 @@ LEVELS = [
     {"spec"},
     {"observers", "calibrators", "quantizer"},
     {"layers"},
-    {"state", "surgery", "calibration", "checkpoint"},
+    {"state", "surgery", "calibration", "checkpoint", "qat"},
     {"export"},
     {"engines"},
     {"parity", "evaluation"},
