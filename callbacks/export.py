@@ -59,7 +59,7 @@ class Export(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what the target cannot run before anything is trained, and listen."""
-        check_target(target_module(pl_module, self.module), self.target)
+        check_target(self._part(pl_module), self.target)
         self._listen(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,9 +87,18 @@ class Export(L.Callback):
         """Stop listening."""
         self._stop()
 
+    def _part(self, pl_module: L.LightningModule) -> nn.Module:
+        target = target_module(pl_module, self.module)
+        if isinstance(target, L.LightningModule):
+            raise ValueError(
+                f"Expected `module` to name a part of {type(target).__name__}, but got "
+                f"{self.module!r}: a LightningModule as a whole holds its trainer."
+            )
+        return target
+
     def _listen(self, pl_module: L.LightningModule) -> None:
         if self._hook is None and len(self._seen) < self.batches:
-            target = target_module(pl_module, self.module)
+            target = self._part(pl_module)
             self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -111,14 +120,8 @@ class Export(L.Callback):
                 f"Expected the forward of {self.module or type(pl_module).__name__!r} to be "
                 "called, but it never was; name the `module` whose forward runs."
             )
-        target = target_module(pl_module, self.module)
-        if isinstance(target, L.LightningModule):
-            raise ValueError(
-                f"Expected `module` to name a part of {type(target).__name__}, but got "
-                f"{self.module!r}: a LightningModule as a whole holds its trainer."
-            )
         self.report = export_onnx(
-            target, self._seen[0], self.path, target=self.target, batches=self._seen
+            self._part(pl_module), self._seen[0], self.path, target=self.target, batches=self._seen
         )
         log.info("Wrote %s", self.path)
         if self.engine:

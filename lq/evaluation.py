@@ -54,7 +54,7 @@ def evaluate(model: nn.Module | str | Path | Runner, batches: Iterable[Any]) -> 
         batches: (input, target) pairs; targets are class numbers ``[N]``.
 
     Raises:
-        ValueError: If `batches` is empty or has no targets.
+        ValueError: If `batches` is empty or has no targets, or an output is not finite.
 
     Example:
         >>> batches = [(torch.eye(3), torch.tensor([0, 1, 1]))]
@@ -76,6 +76,11 @@ def _measured(runner: Runner, module: nn.Module, batches: Iterable[Any]) -> Eval
         target = _target(batch)
         args, kwargs = model_inputs(module, batch)
         logits = runner.run(*args, **kwargs)[0].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"Expected finite outputs, but the batch after {n} samples gives NaN or infinity; "
+                "look at its inputs."
+            )
         if top1 is None or top5 is None:
             classes = logits.shape[1]
             top1 = MulticlassAccuracy(classes, average="micro")

@@ -113,6 +113,8 @@ class QuantModule(L.LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, target)
         training = stage == "train"
+        if not training and not loss.isfinite():
+            raise ValueError(f"Expected a finite loss, but the {stage} images give {loss:.3g}.")
         self.log(
             f"{stage}/loss",
             loss,

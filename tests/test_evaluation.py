@@ -56,6 +56,7 @@ def test_file_and_model_agree(tmp_path) -> None:
     [
         pytest.param([], "at least one batch", id="empty"),
         pytest.param([torch.randn(2, 6)], "pairs", id="no targets"),
+        pytest.param([(torch.full((2, 6), torch.nan), torch.zeros(2))], "finite outputs", id="NaN"),
     ],
 )
 def test_refusals(batches, match) -> None:

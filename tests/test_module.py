@@ -116,6 +116,13 @@ def test_float_training_has_no_quantizers():
     assert not quantized_layers(module)
 
 
+def test_images_of_nan(tmp_path):
+    batches = [(torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2, dtype=torch.long))]
+    module = lq.QuantModule("lq.models.digits_cnn", recipe=None)
+    with pytest.raises(ValueError, match="finite loss, but the test images give nan"):
+        trainer(tmp_path).test(module, torch.utils.data.DataLoader(batches, None))
+
+
 def test_empty_batch(tmp_path):
     batches = [(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))]
     module = lq.QuantModule("lq.models.digits_cnn", recipe=None)

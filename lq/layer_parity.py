@@ -1,0 +1,194 @@
+"""Does each layer of an exported graph compute what it computes in torch, fed the same codes?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lq.functional import encode, sqnr_db
+from lq.quantizer import Quantizer
+from lq.surgery import quantizers
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MAX_CODE_DIFFERENCE = 1
+MAX_CODE_SHARE = 1e-4
+"""Per layer, both sides fed the same codes: at most this share of codes may differ."""
+MIN_LAYER_SQNR_DB = 60.0
+"""Per layer, likewise: what float32 sums in another order leave far behind, and no wrong weight."""
+MIN_16_BIT_LAYER_SQNR_DB = 30.0
+"""The same where layers round to 16 bits: bf16 keeps 8 of them."""
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How far one layer or quantizer agrees, both sides fed the same codes before it.
+
+    Attributes:
+        layer: Name of the layer, whose output is compared, or of the quantizer, whose codes are.
+        max_code_difference: Largest difference of codes; 0 for layers.
+        differing: Codes that differ.
+        total: Codes compared.
+        sqnr_db: The layer's output against torch's; infinite for quantizers.
+        min_sqnr_db: What it must reach.
+    """
+
+    layer: str
+    max_code_difference: int = 0
+    differing: int = 0
+    total: int = 0
+    sqnr_db: float = math.inf
+    min_sqnr_db: float = MIN_LAYER_SQNR_DB
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the difference is beyond rounding."""
+        allowed = max(MAX_CODE_SHARE * self.total, 1)
+        return (
+            self.max_code_difference > MAX_CODE_DIFFERENCE
+            or self.differing > allowed
+            or self.sqnr_db < self.min_sqnr_db
+        )
+
+    def worse(self, other: LayerParity) -> LayerParity:
+        """Return the figures of two batches together."""
+        return LayerParity(
+            self.layer,
+            max(self.max_code_difference, other.max_code_difference),
+            self.differing + other.differing,
+            self.total + other.total,
+            min(self.sqnr_db, other.sqnr_db),
+            self.min_sqnr_db,
+        )
+
+
+class Recorder:
+    """Keeps what quantizers are given and what layers return during one forward pass."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        modules = dict(model.named_modules())
+        self.quantizers = {n: q for n, q in quantizers(model).items() if q.spec.axis is None}
+        self.given: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}
+        self.layers = {name: modules[name] for name in layers if name in modules}
+        self.returned: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+
+    def __enter__(self) -> Recorder:
+        # Cloned, for what comes after may change a tensor in place.
+        self._hooks = [
+            quantizer.register_forward_pre_hook(
+                lambda _module, args, seen=self.given[name]: seen.append(args[0].detach().clone())
+            )
+            for name, quantizer in self.quantizers.items()
+        ]
+        for name, layer in self.layers.items():
+            self._hooks.append(layer.register_forward_hook(self._keep(self.returned[name])))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _keep(seen: list[Tensor]) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen.append(output.detach().clone())
+
+        return hook
+
+    def call(self, node: str) -> tuple[Quantizer, Tensor]:
+        """Return the quantizer a node is named after, and what its n-th call was given."""
+        name, _, call = node.partition("@")
+        return self.quantizers[name], self.given[name][int(call or 0)]
+
+    def output(self, layer: str) -> Tensor | None:
+        """Return what a layer returned, unless it was called several times."""
+        returned = self.returned.get(layer, [])
+        return returned[0] if len(returned) == 1 else None
+
+
+class CutGraph:
+    """An exported graph cut at the QuantizeLinear of every activation.
+
+    Each becomes an input, fed from torch. What the graph computes for it, the codes it makes of
+    what it is fed, and the output of every layer become outputs.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        import onnx_ir as ir
+
+        from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
+        from lq.export.passes import OUTPUT_OF, WEIGHTED
+
+        graph = model.graph
+        self.graph_inputs = [str(value.name) for value in graph.inputs]
+        self.figures: dict[str, LayerParity] = {}
+        self.layers: dict[str, tuple[str, str]] = {}
+        self.computed: dict[str, str] = {}
+        self.codes: dict[str, str] = {}
+        for node in list(graph):
+            name = str(node.name)
+            module = node.metadata_props.get(OUTPUT_OF)
+            if module is not None:
+                layer = name if node.op_type in WEIGHTED else module
+                self.layers[layer] = module, self._tap(graph, node.outputs[0])
+                self.figures[layer] = LayerParity(layer)
+            if node.op_type != "QuantizeLinear":
+                continue
+            value = node.inputs[0]
+            assert value is not None
+            fed = ir.Value(
+                name=f"{name}/fed", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape
+            )
+            graph.inputs.append(fed)
+            node.replace_input_with(0, fed)
+            self.codes[name] = self._tap(graph, node.outputs[0])
+            if value.producer() is not None:
+                self.computed[name] = self._tap(graph, value)
+            self.figures[name] = LayerParity(name)
+        self.runner = OnnxRuntimeRunner.from_graph(model, optimize=False)
+        self.min_sqnr_db = MIN_16_BIT_LAYER_SQNR_DB if self.runner.simulates else MIN_LAYER_SQNR_DB
+
+    @staticmethod
+    def _tap(graph: ir.Graph, value: ir.Value) -> str:
+        if not value.is_graph_output():
+            graph.outputs.append(value)
+        return str(value.name)
+
+    def compare(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Feed one batch to all pieces and compare what they compute with torch."""
+        given = {name: recorder.call(name) for name in self.codes}
+        feeds = {f"{name}/fed": x for name, (_, x) in given.items()}
+        inputs = dict(zip(self.graph_inputs, args, strict=False)) | kwargs
+        feeds |= {name: x for name, x in inputs.items() if name in self.runner.inputs}
+        results = dict(zip(self.runner.outputs, self.runner.run(**feeds), strict=True))
+        for name, (module, value) in self.layers.items():
+            expected = recorder.output(module)
+            if expected is not None and expected.shape == results[value].shape:
+                sqnr = sqnr_db(expected.cpu(), results[value])
+                self._note(LayerParity(name, sqnr_db=sqnr, min_sqnr_db=self.min_sqnr_db))
+        for name, (quantizer, x) in given.items():
+            expected = _codes(quantizer, x)
+            self._note(_code_parity(name, expected, results[self.codes[name]].float()))
+            if name in self.computed:
+                computed = _codes(quantizer, results[self.computed[name]])
+                self._note(_code_parity(name, expected, computed))
+
+    def _note(self, found: LayerParity) -> None:
+        self.figures[found.layer] = found.worse(self.figures[found.layer])
+
+
+def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+    spec, scale = quantizer.spec, quantizer.scale
+    assert scale is not None
+    return encode(x.detach().cpu().float(), scale.detach().cpu(), spec.qmin, spec.qmax)
+
+
+def _code_parity(name: str, expected: Tensor, got: Tensor) -> LayerParity:
+    difference = (expected - got).abs()
+    return LayerParity(name, int(difference.max()), int((difference > 0).sum()), difference.numel())
