@@ -22,3 +22,13 @@ def suggest(given: object, valid: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")
     return f"choose from {shown}."
+
+
+def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Raise a ``ValueError`` for the first key of a mapping that is not valid."""
+    valid = list(valid)
+    for key in given:
+        if key not in valid:
+            raise ValueError(
+                f"Expected known keys in {where}, but got {key!r}; {suggest(key, valid)}"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,16 +17,9 @@ from lq.files import written_whole
 from lq.formats import FORMATS, Format, check_format
 from lq.functional import FP8_MAX
 from lq.gemm import is_small
-from lq.messages import suggest
+from lq.messages import check_keys, suggest
 
 SKIP = "skip"
-
-
-def _check_keys(given: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
-    valid = list(valid)
-    for key in given:
-        if key not in valid:
-            raise ValueError(f"Unknown key {key!r} in {where}; {suggest(key, valid)}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class QuantSpec:
         if isinstance(value, str):
             return cls(value, **defaults)
         if isinstance(value, Mapping):
-            _check_keys(value, [f.name for f in dataclasses.fields(cls)], where)
+            check_keys(value, [f.name for f in dataclasses.fields(cls)], where)
             return cls(**{**defaults, **value})
         raise ValueError(f"Expected {where} to be a format name or a mapping, but got {value!r}.")
 
@@ -168,6 +161,9 @@ class Rule:
         for key in ("name", "type"):
             if not isinstance(getattr(self, key), (str, type(None))):
                 raise ValueError(f"Expected a rule's `{key}` to be text, but got {self}.")
+        if self.weights is not None:
+            weights = dataclasses.replace(self.weights, narrow=True)
+            object.__setattr__(self, "weights", weights)
         if self.name is None and self.type is None:
             raise ValueError(f"Expected a rule to have a `name` or a `type`, but got {self}.")
         alone = self.weights is not None or self.inputs is not None
@@ -242,7 +238,7 @@ class Recipe:
     fallback: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(_narrow(rule) for rule in self.rules))
+        object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "weights", dataclasses.replace(self.weights, narrow=True))
         for inputs in (self.inputs, *(rule.inputs for rule in self.rules)):
             if inputs is not None and inputs.axis is not None:
@@ -303,7 +299,7 @@ class Recipe:
         """Return the recipe that a mapping of plain values describes."""
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
-        _check_keys(values, ["weights", "inputs", "rules", "fallback"], "the recipe")
+        check_keys(values, ["weights", "inputs", "rules", "fallback"], "the recipe")
         rules = values.get("rules") or ()
         if not isinstance(rules, (list, tuple)):
             raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
@@ -356,28 +352,21 @@ class Recipe:
         )
 
 
-def _narrow(rule: Rule) -> Rule:
-    if rule.weights is None:
-        return rule
-    return dataclasses.replace(rule, weights=dataclasses.replace(rule.weights, narrow=True))
-
-
 def _parse_rule(values: Any, index: int) -> Rule:
     if isinstance(values, Rule):
         return values
     where = f"rule {index + 1}"
     if not isinstance(values, Mapping):
         raise ValueError(f"Expected {where} to be a mapping, but got {values!r}.")
-    _check_keys(values, [f.name for f in dataclasses.fields(Rule)], where)
+    check_keys(values, [f.name for f in dataclasses.fields(Rule)], where)
     values = dict(values)
     if isinstance(
         values.get("name"), int
     ):  # a layer of nn.Sequential, which YAML reads as a number
         values["name"] = str(values["name"])
-    if values.get("weights") is not None:
-        values["weights"] = QuantSpec.parse(values["weights"], where, **_WEIGHT_DEFAULTS)
-    if values.get("inputs") is not None:
-        values["inputs"] = QuantSpec.parse(values["inputs"], where)
+    for key, defaults in (("weights", _WEIGHT_DEFAULTS), ("inputs", {})):
+        if values.get(key) is not None:
+            values[key] = QuantSpec.parse(values[key], where, **defaults)
     return Rule(**values)
 
 
