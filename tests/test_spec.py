@@ -170,7 +170,7 @@ def test_an_empty_recipe_is_the_default(tmp_path: Path, text: str) -> None:
         pytest.param({"fallback": "pf16"}, "'pf16'.*did you mean 'fp16'", id="fallback"),
         pytest.param({"fallback": "int8"}, "`fallback`.*'int8'", id="fallback-int8"),
         pytest.param({"fallback": 3}, "3", id="fallback-number"),
-        pytest.param({"inputs": {"fromat": "int8"}}, "'fromat'.*inputs.*'format'", id="spec-key"),
+        pytest.param({"inputs": {"fromat": "int8"}}, "inputs.*'fromat'.*'format'", id="spec-key"),
         pytest.param({"inputs": {"axis": 1}}, "`inputs`.*per tensor.*axis=1", id="inputs-axis"),
         pytest.param({"inputs": {"symmetric": False}}, "`symmetric`.*zero-point", id="asymmetric"),
         pytest.param({"inputs": {"format": "fp16", "signed": False}}, "`signed`", id="unsigned-fp"),
@@ -186,7 +186,7 @@ def test_an_empty_recipe_is_the_default(tmp_path: Path, text: str) -> None:
         pytest.param({"rules": ["fc"]}, "rule 1.*mapping.*'fc'", id="rule-string"),
         pytest.param(
             {"rules": [{"name": "a", "format": "fp16"}, {"nmae": "fc"}]},
-            "'nmae' in rule 2.*'name'",
+            "rule 2.*'nmae'.*'name'",
             id="rule-key",
         ),
         pytest.param({"rules": [{"format": "fp16"}]}, "`name` or a `type`", id="rule-no-target"),
