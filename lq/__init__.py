@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lq.calibration import calibrate
+from lq.calibration import calibrate, find_ranges
 from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
@@ -28,6 +28,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "export_onnx",
+    "find_ranges",
     "load_from_checkpoint",
     "open_engine",
     "parity",
