@@ -59,6 +59,7 @@ def calibrate(
         RuntimeError: If an activation or a weight is not finite, naming the layer.
 
     Example:
+        >>> import torch
         >>> from lq import quantize
         >>> model = quantize(nn.Sequential(nn.Linear(2, 2)), "tensorrt_int8")
         >>> _ = calibrate(model, [torch.tensor([[0.5, -1.27]])], progress=False)
@@ -81,6 +82,7 @@ def find_ranges(
     """Do what ``calibrate`` does, and return the ranges with the error of every calibrator.
 
     Example:
+        >>> import torch
         >>> from lq import quantize
         >>> model = quantize(nn.Sequential(nn.Linear(2, 2)), "tensorrt_int8")
         >>> ranges = find_ranges(model, [torch.tensor([[0.5, -1.27]])], "auto", progress=False)

@@ -20,7 +20,7 @@ from lq.histogram import Histogram, bin_edges, bin_index
 from lq.observers import HistogramObserver, RangeObserver
 from lq.spec import QuantSpec
 
-INT8 = QuantSpec()
+INT8, UINT8, UINT3 = QuantSpec(), QuantSpec(signed=False), QuantSpec("int3", signed=False)
 
 
 def observed(*tensors: Tensor) -> HistogramObserver:
@@ -100,9 +100,7 @@ def numpy_squared_error(x: np.ndarray, amax: float, levels: np.ndarray) -> float
     return float(((x - levels[nearest]) ** 2).sum())
 
 
-@pytest.mark.parametrize(
-    "spec", [INT8, QuantSpec("int4"), QuantSpec("int3", signed=False)], ids=str
-)
+@pytest.mark.parametrize("spec", [INT8, QuantSpec("int4"), UINT3], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "relu6", "heavy"])
 def test_squared_errors_are_numpys(kind: str, spec: QuantSpec) -> None:
     """Values spread evenly within their bins are those that the histogram stands for."""
@@ -190,9 +188,7 @@ def published_entropy_bin(counts: np.ndarray, levels: int, start: int) -> int:
     return start + len(divergences) - 1 - int(np.argmin(divergences[::-1]))
 
 
-@pytest.mark.parametrize(
-    "spec", [INT8, QuantSpec("int8", signed=False), QuantSpec("int4")], ids=str
-)
+@pytest.mark.parametrize("spec", [INT8, UINT8, QuantSpec("int4")], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_entropy_is_the_published_algorithms(kind: str, spec: QuantSpec) -> None:
     x = samples(kind).abs().numpy()

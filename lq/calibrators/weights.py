@@ -45,7 +45,7 @@ def weight_mse_amax(weight: Tensor, spec: QuantSpec) -> Tensor:
 
     Example:
         >>> weight_mse_amax(torch.tensor([[1.0, -3.0], [0.5, 0.25]]), QuantSpec("int2", axis=0))
-        tensor([2.0425, 0.5000])
+        tensor([1.4202, 0.3723])
     """
     axis, weight = spec.axis, weight.detach().float()
     largest = weight_max_amax(weight, spec).view(-1)
