@@ -44,14 +44,14 @@ def check_keys(given: Iterable[str], valid: Iterable[str], where: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line.
+    r"""Return what an error says in one line.
 
     Of the traceback of a data loader's worker that is its end; of a list of attempts, as the
     parser of the command line makes them, the one that failed for a reason.
 
     Example:
-        >>> one_line(ValueError("Parser key 'k':\\n  - Expected a <class 'int'>\\n  - No\\n    such x"))
-        "Parser key 'k': No such x"
+        >>> one_line(ValueError("Parser key 'k':\n  - Expected a <class 'int'>\n  - No\n    x"))
+        "Parser key 'k': No x"
     """
     text = str(error).strip() or type(error).__name__
     if "Original Traceback" in text:

@@ -115,8 +115,8 @@ class QuantModule(L.LightningModule):
         training = stage == "train"
         if not training and not loss.isfinite():
             raise ValueError(
-                f"Expected a finite loss, but the {stage} images give {loss:.3g}; look at them, and "
-                "at the starting weights."
+                f"Expected a finite loss, but the {stage} images give {loss:.3g}; look at them "
+                "and at the starting weights."
             )
         self.log(
             f"{stage}/loss",
