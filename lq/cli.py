@@ -18,6 +18,7 @@ from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
+from lq.messages import one_line
 from lq.module import QuantModule
 
 KEYWORDS = ("best", "last", "hpc")
@@ -64,7 +65,6 @@ class Trainer(L.Trainer):
                 f"{info.compute_capability}, {info.builder}"
             )
 
-
     def calibrate(
         self,
         model: QuantModule,
@@ -107,7 +107,13 @@ class Trainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.datamodule = datamodule
-        return list(islice(calibration_batches(self), batches))
+        samples = list(islice(calibration_batches(self), max(batches, 0)))
+        if not samples:
+            raise ValueError(
+                "Expected `batches` to be at least 1, but got none; give another --batches or "
+                "other data."
+            )
+        return samples
 
 
 class CLI(LightningCLI):
@@ -125,7 +131,7 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path and path not in KEYWORDS:
-            if "pytorch-lightning_version" not in read_checkpoint(path):
+            if not {"pytorch-lightning_version", "state_dict"} <= read_checkpoint(path).keys():
                 raise ValueError(
                     f"Expected {path!r} to be a checkpoint of a fit, but it holds weights only; "
                     "give them with --model.weights."
@@ -154,18 +160,11 @@ def main(args: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True, "config_filename": "lq_config.yaml"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "lq", "description": lq.__doc__},
+            parser_kwargs={"prog": "lq", "description": lq.__doc__, "exit_on_error": False},
             args=args,
         )
     except Exception as error:
         if os.environ.get("LQ_TRACEBACK") == "1":
             raise
-        print(f"lq: error: {_one_line(error)}", file=sys.stderr)
+        print(f"lq: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def _one_line(error: Exception) -> str:
-    """Return what an error says, of a list of attempts the one that failed for a reason."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    reasons = [line[2:] for line in lines if line.startswith("- ") and "<class" not in line]
-    return reasons[0] if reasons else " ".join(lines[:2]) or type(error).__name__
