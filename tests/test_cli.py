@@ -59,6 +59,28 @@ def test_fit_test_predict_export(capsys):
     assert Path("out/digits.engine.json").is_file()
 
 
+def test_calibrate_keeps_ranges_for_the_callback(capsys):
+    settings = config()
+    torch.manual_seed(0)
+    torch.save(digits_cnn().state_dict(), "float.pth")
+    weights = "--model.weights=float.pth"
+    cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
+    cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
+    first, second = capsys.readouterr().out.split("Ranges: out/ranges.json\n")[:2]
+    assert "calibrator  dB: max" in first
+    assert first[first.index("quantizer") :] == second[second.index("quantizer") :]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["calibrate", *settings, weights, "--batches=3", "--cache=out/ranges.json"])
+    assert exit.value.code == 2
+    assert "same data" in capsys.readouterr().err
+    callback = {"batches": 2, "calibrator": "auto", "cache": "out/ranges.json"}
+    settings = config(
+        trainer__callbacks=[{"class_path": "lq.callbacks.Calibration", "init_args": callback}]
+    )
+    cli.main(["validate", *settings, weights])
+    assert "val/top1" in capsys.readouterr().out
+
+
 def test_export_again_with_other_settings(capsys):
     settings = config()
     cli.main(["fit", *settings])
