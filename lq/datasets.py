@@ -146,6 +146,11 @@ class FolderImages(ImageDataset):
             )
         self.transform, self.train_transform = transform, train_transform
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64 ``[N]``, without reading an image."""
+        return torch.tensor([label for _, label in self.samples])
+
     def __len__(self) -> int:
         return len(self.samples)
 
