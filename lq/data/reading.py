@@ -40,8 +40,8 @@ def split_sample(sample: Any) -> LabelledImage:
         >>> split_sample((torch.zeros(1, 2, 2), torch.tensor(3)))[1]
         3
     """
-    parts = (sample,) if isinstance(sample, Tensor) else sample
-    image = parts[0] if isinstance(parts, (tuple, list)) and parts else parts
+    parts: list[Any] = [*sample] if isinstance(sample, (tuple, list)) else [sample]
+    image = parts[0] if parts else None
     if not isinstance(image, Tensor) or image.dim() == 0:
         raise ValueError(
             f"Expected samples to begin with an image tensor, but got {type(image).__name__}; "

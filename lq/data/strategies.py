@@ -23,8 +23,8 @@ def shares(class_sizes: Tensor, size: int, seed: int) -> Tensor:
         seed: Breaks ties.
 
     Example:
-        >>> shares(torch.tensor([60, 30, 10]), 5, seed=0)
-        tensor([3, 2, 0])
+        >>> shares(torch.tensor([70, 20, 10]), 4, seed=0)
+        tensor([3, 1, 0])
     """
     total = int(class_sizes.sum())
     counts = class_sizes * size // total
@@ -44,7 +44,7 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
         tensor([0, 1, 1])
     """
     order = seeded_order(len(labels), seed)
-    member = labels[order].unique(return_inverse=True)[1]
+    member = torch.unique(labels[order], return_inverse=True)[1]
     class_sizes = member.bincount()
     by_class = member.argsort(stable=True)
     member = member[by_class]

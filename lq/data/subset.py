@@ -89,7 +89,7 @@ def calibration_subset(
         100 of 1197 images, stratified, seed 0
         10 classes, 10 images each
         channel    mean     std      min      max
-              0   0.016   1.007   -0.812    1.848
+              0   0.014   1.007   -0.812    1.848
     """
     _check(dataset, size, strategy, features)
     count = len(dataset)  # type: ignore[arg-type]
