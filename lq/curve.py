@@ -101,7 +101,8 @@ class CalibrationCurve:
             )
         judged = self._judged()
         why = self._first_change(judged[-1]) if judged else f"no size has {MORE} times as many"
-        return f"Not settled: {why}; calibrate with more than {most} samples."
+        clip = ", or with a calibrator that clips" * (self.calibrator == "max")
+        return f"Not settled: {why}; calibrate with more than {most} samples{clip}."
 
     def __str__(self) -> str:
         return "\n".join([self._title(), *_table(self.points), self.verdict])

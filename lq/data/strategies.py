@@ -36,7 +36,10 @@ def shares(class_sizes: Tensor, size: int, seed: int) -> Tensor:
 
 
 def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Return the indices of `size` samples with each class in its share, in random order.
+    """Return the indices of `size` samples with each class in its share.
+
+    The classes are mixed in that proportion from the beginning on, so that the first samples are
+    stratified too.
 
     Example:
         >>> labels = torch.tensor([0, 0, 1, 1, 1, 1])
@@ -46,11 +49,14 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     order = seeded_order(len(labels), seed)
     member = torch.unique(labels[order], return_inverse=True)[1]
     class_sizes = member.bincount()
+    counts = shares(class_sizes, size, seed)
+    starts = class_sizes.cumsum(0) - class_sizes
     by_class = member.argsort(stable=True)
-    member = member[by_class]
-    position = torch.arange(len(labels)) - (class_sizes.cumsum(0) - class_sizes)[member]
-    taken = by_class[position < shares(class_sizes, size, seed)[member]]
-    return order[taken.sort().values]
+    rank = torch.empty_like(member)  # among the samples of its class
+    rank[by_class] = torch.arange(len(labels)) - starts[member[by_class]]
+    taken = (rank < counts[member]).nonzero().flatten()
+    progress = (rank[taken] + 0.5) / counts[member[taken]]
+    return order[taken[progress.argsort(stable=True)]]
 
 
 def farthest_points(features: Tensor, size: int) -> Tensor:
