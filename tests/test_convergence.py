@@ -84,8 +84,8 @@ def test_the_model_is_left_as_it_was(calibrated, fails) -> None:
 
 
 def test_learned_scales_stay_the_same_parameters() -> None:
-    x, y = blobs(32, 0)
-    recipe = {"activations": {"format": "int8", "learn_scale": True}, "weights": {"format": "int8"}}
+    x, _ = blobs(32, 0)
+    recipe = {"inputs": {"format": "int8", "learn_scale": True}}
     model = lq.quantize(network(), recipe)
     lq.calibrate(model, [x], progress=False)
     scales = [q.scale for q in model.modules() if isinstance(q, lq.Quantizer)]
@@ -139,7 +139,7 @@ def points(sqnr, ranges=None, agreement=None) -> list[CurvePoint]:
     count = len(sqnr)
     ranges, agreement = ranges or [1.0] * count, agreement or [1.0] * count
     return [
-        CurvePoint(8 << i, s, a, None, {"q": torch.tensor(r), "still": torch.tensor(r)})
+        CurvePoint(8 << i, s, a, None, {"a": torch.tensor(float(r)), "b": torch.tensor(float(r))})
         for i, (s, r, a) in enumerate(zip(sqnr, ranges, agreement, strict=True))
     ]
 
@@ -224,7 +224,7 @@ def test_refusals(arguments, message) -> None:
 
 
 def test_models_without_ranges_of_activations_are_refused() -> None:
-    model = lq.quantize(nn.Linear(6, 3), {"activations": None, "weights": {"format": "int8"}})
+    model = lq.quantize(nn.Linear(6, 3), {"inputs": "fp32"})
     with pytest.raises(ValueError, match="calibration needs no data"):
         lq.calibration_curve(model, [X], [X], progress=False)
 
@@ -235,8 +235,8 @@ def test_outputs_without_classes_are_refused() -> None:
         lq.calibration_curve(model, [X], [X], progress=False)
 
 
-def test_real_digits_settle() -> None:
-    module = DigitsDataModule(batch_size=64, calibration_size=256)
+def test_real_digits_settle(capsys) -> None:
+    module = DigitsDataModule(batch_size=64, calibration_size=1197)
     torch.manual_seed(0)
     model = digits_cnn()
     optimizer = torch.optim.Adam(model.parameters(), 0.005)
@@ -246,11 +246,15 @@ def test_real_digits_settle() -> None:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     lq.quantize(model.eval(), "tensorrt_int8")
-    curve = lq.calibration_curve(
-        model, module.calibration_dataloader(), module.val_dataloader(), "percentile"
-    )
-    assert [point.samples for point in curve.points] == [8, 16, 32, 64, 128, 256]
+    data = module.calibration_dataloader(), module.val_dataloader()
+    curve = lq.calibration_curve(model, *data, "percentile")
+    assert "Calibration curve" in capsys.readouterr().err
+    assert [point.samples for point in curve.points] == [*(8 << i for i in range(8)), 1197]
     assert curve.float_top1 > 0.9
     assert curve.points[-1].agreement > 0.95
+    assert curve.points[0].sqnr_db < curve.points[-1].sqnr_db - 1  # eight digits are too few
     assert curve.enough is not None
-    assert curve.enough <= 64
+    assert 16 <= curve.enough <= 256
+    few = lq.calibration_curve(model, *data, "percentile", sizes=[8, 16, 32], progress=False)
+    assert few.enough is None
+    assert capsys.readouterr().err == ""
