@@ -221,7 +221,9 @@ def test_a_torchvision_dataset(tmp_path):
     for strategy in STRATEGIES:
         assert len(choose(data, 10, strategy)) == 10
     data.transform = v2.Compose([v2.RandomHorizontalFlip(), *plain])
-    with pytest.raises(ValueError, match=r"not augmented, but image \d+ changes each time"):
+    with pytest.raises(
+        ValueError, match=r"not augmented, but image \d+ of the dataset changes each"
+    ):
         choose(data, 1)
     data.transform = None
     with pytest.raises(ValueError, match="begin with an image tensor, but got Image; give the"):
@@ -233,6 +235,8 @@ def test_augmented_images_of_ours_are_refused():
     augmented = DIGITS.dataset("train").augmented()
     with pytest.raises(ValueError, match=r"the one that `augmented\(\)` was called on"):
         choose(augmented, 20)
+    with pytest.raises(ValueError, match=r"image 0 of exclude\[1\] changes each time"):
+        choose(DIGITS.dataset("train"), 20, exclude=(DIGITS.dataset("val"), augmented))
 
 
 def test_overlap_is_refused_with_count_and_indices():

@@ -134,7 +134,7 @@ class ImageDataModule(L.LightningDataModule):
     def refuse_held_out(self, chosen: CalibrationSubset) -> None:
         """Raise a ``ValueError`` if calibration images are validated or tested on too.
 
-        Parts of one data set that its numbers tell apart cannot overlap, so this does nothing.
+        Splits that are parts of one data set share none; those that are stored apart may.
         """
 
     def _loader(self, images: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:

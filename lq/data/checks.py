@@ -24,15 +24,17 @@ def image_digest(image: Tensor) -> bytes:
     return hashlib.blake2b(head + values.numpy().tobytes(), digest_size=16).digest()
 
 
-def refuse_augmentation(dataset: Dataset[Any], indices: Sequence[int]) -> None:
+def refuse_augmentation(
+    dataset: Dataset[Any], indices: Sequence[int], where: str = "the dataset"
+) -> None:
     """Raise a ``ValueError`` if an image is another one when it is read again."""
     for index in islice(cycle(indices), PROBES):
         first, again = (image_digest(split_sample(dataset[index])[0]) for _ in range(2))
         if first != again:
             raise ValueError(
-                f"Expected images that are not augmented, but image {index} changes each time it "
-                "is read; pass a dataset that has the transform of validation (of lq's own, the "
-                "one that `augmented()` was called on)."
+                f"Expected images that are not augmented, but image {index} of {where} changes "
+                "each time it is read; pass a dataset that has the transform of validation (of "
+                "lq's own, the one that `augmented()` was called on)."
             )
 
 
@@ -51,13 +53,16 @@ def refuse_overlap(
     if not exclude:
         return
     chosen = [image_digest(x) for batch in read(dataset, indices, num_workers) for x, _ in batch]
+    wanted = set(chosen)
     description = "Looking for overlap" if progress else None
     for position, other in enumerate(exclude):
-        every = range(len(other))  # type: ignore[arg-type]
+        where, every = f"exclude[{position}]", range(len(other))  # type: ignore[arg-type]
+        refuse_augmentation(other, every[:PROBES], where)
         batches = read(other, every, num_workers, description)
-        shared = {image_digest(x) for batch in batches for x, _ in batch} & set(chosen)
+        digests = (image_digest(x) for batch in batches for x, _ in batch)
+        shared = {digest for digest in digests if digest in wanted}
         if shared:
-            raise ValueError(_overlap(indices, chosen, shared, f"exclude[{position}]"))
+            raise ValueError(_overlap(indices, chosen, shared, where))
 
 
 def _overlap(indices: Sequence[int], chosen: list[bytes], shared: set[bytes], where: str) -> str:
