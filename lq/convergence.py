@@ -15,6 +15,7 @@ from lq.curve import CalibrationCurve, CurvePoint
 from lq.engines.base import tensors
 from lq.functional import sqnr_db
 from lq.quantizer import Mode
+from lq.samples import FirstSamples, count_samples
 from lq.surgery import quantizers
 
 FIRST = 8
@@ -60,7 +61,7 @@ def calibration_curve(
     """
     for name, data in ("batches", batches), ("held_out", held_out):
         _check_rereadable(name, data)
-    sizes = _sizes(sum(_count(batch) for batch in batches), sizes)
+    sizes = _sizes(sum(count_samples(batch) for batch in batches), sizes)
     with ranges_kept(model), eval_mode(model), quantizer_mode(model, Mode.BYPASS):
         expected, targets = _predict(model, held_out)
         points = []
@@ -70,26 +71,6 @@ def calibration_curve(
             points.append(_point(size, _ranges(model), expected, outputs, targets))
     float_top1 = None if targets is None else _share(expected.argmax(1), targets)
     return CalibrationCurve(points, calibrator, len(expected), float_top1)
-
-
-class FirstSamples(Iterable[Any]):
-    """The first samples of batches, which can be read again and again.
-
-    Example:
-        >>> [len(batch) for batch in FirstSamples([torch.zeros(4, 2)] * 3, 6)]
-        [4, 2]
-    """
-
-    def __init__(self, batches: Iterable[Any], samples: int) -> None:
-        self.batches, self.samples = batches, samples
-
-    def __iter__(self) -> Iterator[Any]:
-        left = self.samples
-        for batch in self.batches:
-            yield _first(batch, left)
-            left -= _count(batch)
-            if left <= 0:
-                return
 
 
 @contextmanager
@@ -162,26 +143,6 @@ def _target(batch: Any) -> Tensor | None:
     if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[-1] if batch[-1].dim() == 1 else None
     return None
-
-
-def _count(batch: Any) -> int:
-    """Return how many samples a batch holds: the length of its first tensor."""
-    found = tensors(batch)
-    if not found or found[0].dim() == 0:
-        raise ValueError(
-            f"Expected a batch to hold a tensor of samples, but got {type(batch).__name__}."
-        )
-    return len(found[0])
-
-
-def _first(batch: Any, samples: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:samples] if batch.dim() else batch
-    if isinstance(batch, Mapping):
-        return {name: _first(value, samples) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)([_first(value, samples) for value in batch])
-    return batch
 
 
 def _check_rereadable(name: str, data: Iterable[Any]) -> None:

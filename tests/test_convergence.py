@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lq
-from lq.convergence import FirstSamples
 from lq.curve import CalibrationCurve, CurvePoint, relative_change
 from lq.data import DigitsDataModule
 from lq.functional import sqnr_db
 from lq.models import digits_cnn
+from lq.samples import FirstSamples
 
 
 def blobs(count: int, seed: int):

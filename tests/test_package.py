@@ -24,7 +24,7 @@ LEVELS = [
     {"state", "surgery", "calibration", "checkpoint", "qat"},
     {"export"},
     {"engines"},
-    {"parity", "layer_parity", "evaluation", "curve", "convergence"},
+    {"parity", "layer_parity", "evaluation", "samples", "curve", "convergence"},
     {"datasets"},
     {"models", "data", "module"},
     {"callbacks"},
