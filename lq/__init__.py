@@ -10,6 +10,7 @@ from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:
+    from lq.convergence import calibration_curve
     from lq.engines import open_engine
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
@@ -25,6 +26,7 @@ __all__ = [
     "Rule",
     "build_engine",
     "calibrate",
+    "calibration_curve",
     "dequantize",
     "evaluate",
     "export_onnx",
@@ -39,6 +41,7 @@ __all__ = [
 _LAZY = {
     "QuantModule": "lq.module",
     "build_engine": "lq.export",
+    "calibration_curve": "lq.convergence",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
     "open_engine": "lq.engines",
