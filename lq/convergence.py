@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lq.calibration import calibrate, eval_mode, model_inputs, quantizer_mode
+from lq.batches import model_inputs
+from lq.calibration import calibrate
 from lq.curve import CalibrationCurve, CurvePoint
 from lq.engines.base import tensors
 from lq.functional import sqnr_db
+from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 from lq.samples import FirstSamples, count_samples
 from lq.surgery import quantizers

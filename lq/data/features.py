@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lq.calibration import eval_mode, model_inputs, quantizer_mode
+from lq.batches import model_inputs
 from lq.data.reading import LabelledImage
+from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 
 Features = Callable[[Tensor], Tensor]
