@@ -212,7 +212,7 @@ X = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
         ({"sizes": [8, 4]}, r"`sizes` to increase .* but got \[8, 4\]"),
         ({"sizes": [0, 4]}, "`sizes` to increase from at least 1"),
         ({"sizes": [8, 16]}, "at most the 9 samples of `batches`"),
-        ({"calibrator": "maks"}, "did you mean 'max'"),
+        ({"calibrator": "maxx"}, "did you mean 'max'"),
         ({"model": nn.Linear(6, 3)}, "a quantized model"),
     ],
 )

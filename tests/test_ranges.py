@@ -28,9 +28,9 @@ class Net(nn.Module):
         return self.fc(self.conv(x).relu().square().mean((2, 3)))
 
 
-def net() -> Net:
+def net(inputs: str = "int8") -> Net:
     torch.manual_seed(0)
-    return lq.quantize(Net(), "tensorrt_int8")
+    return lq.quantize(Net(), {"inputs": inputs})
 
 
 def images(seed: int = 0) -> list[Tensor]:
@@ -40,10 +40,10 @@ def images(seed: int = 0) -> list[Tensor]:
     return found
 
 
-def noise_and_signal(layer: nn.Module, amax: Tensor, inputs: list[Tensor]) -> float:
+def relative_error(layer: nn.Module, amax: Tensor, inputs: list[Tensor], qmax: int = 127) -> float:
     """The relative squared error of a layer's output, in plain torch."""
     with torch.no_grad():
-        quantized = [layer(fake_quantize(x, amax / 127, -128, 127)) for x in inputs]
+        quantized = [layer(fake_quantize(x, amax / qmax, -qmax - 1, qmax)) for x in inputs]
         plain = [layer(x) for x in inputs]
     noise = sum((q - y).double().square().sum() for q, y in zip(quantized, plain, strict=True))
     return float(noise / sum(y.double().square().sum() for y in plain))
@@ -63,18 +63,19 @@ def layer_inputs(model: nn.Module, batches: list[Tensor]) -> dict[str, list[Tens
 
 def test_auto_takes_the_range_with_the_smallest_error_at_the_layers_output() -> None:
     alone = {
-        name: lq.find_ranges(net(), images(), name, progress=False).found for name in COMPETITORS
+        name: lq.find_ranges(net("int4"), images(), name, progress=False).found
+        for name in COMPETITORS
     }
 
-    found = lq.find_ranges(net(), images(), "auto", progress=False).found
+    found = lq.find_ranges(net("int4"), images(), "auto", progress=False).found
 
-    model = lq.dequantize(net())
-    for layer, inputs in layer_inputs(net(), images()).items():
+    model = lq.dequantize(net("int4"))
+    for layer, inputs in layer_inputs(net("int4"), images()).items():
         module = model.get_submodule(layer)
         for rival in COMPETITORS:
             amax = alone[rival][f"{layer}.input_quantizer"].amax
             error = found[f"{layer}.input_quantizer"].errors[rival]
-            assert error == pytest.approx(noise_and_signal(module, amax, inputs), rel=1e-4)
+            assert error == pytest.approx(relative_error(module, amax, inputs, 7), rel=1e-4)
     for name, chosen in found.items():
         assert chosen.errors[chosen.calibrator] == min(chosen.errors.values())
         assert torch.equal(chosen.amax, alone[chosen.calibrator][name].amax)
@@ -110,7 +111,7 @@ def test_a_shared_layer_is_scored_over_all_its_calls() -> None:
 
     fc = lq.dequantize(model).fc
     inputs = [batches[0], fc(batches[0]).detach().repeat(1, 2) * 5]
-    expected = noise_and_signal(fc, found.amax, inputs)
+    expected = relative_error(fc, found.amax, inputs)
     assert found.errors[found.calibrator] == pytest.approx(expected, rel=1e-4)
 
 
