@@ -39,3 +39,19 @@ def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in a model's output, in order.
+
+    Example:
+        >>> len(tensors({"out": torch.ones(1), "aux": [torch.ones(1)]}))
+        2
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for part in output for tensor in tensors(part)]
+    return []

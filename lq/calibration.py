@@ -17,7 +17,8 @@ from lq.collector import RangeCollector, weight_candidates
 from lq.digest import DataDigest, model_digest
 from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
-from lq.ranges import Range, Ranges
+from lq.ranges import EACH, Range, Ranges
+from lq.scoring import Call, output_errors
 
 log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -38,8 +39,9 @@ def calibrate(
     The model runs in float, in eval mode, without gradients; afterwards every module is in the
     mode it was and the quantizers quantize. Ranges are those of all ranks where training is
     distributed. With ``"auto"`` the ranges of all calibrators are tried, quantizer by quantizer,
-    and the one with the smallest error at the layer's output is taken; the table of errors is
-    logged (``find_ranges`` returns it).
+    and the one with the smallest error at the layer's output is chosen; if one calibrator for all
+    is better at the model's outputs, that one is taken. The table of errors is logged
+    (``find_ranges`` returns it).
 
     Args:
         model: A model that ``quantize`` has prepared.
@@ -94,7 +96,7 @@ def find_ranges(
     if cache is not None and Path(cache).is_file():
         return _from_cache(model, bar, calibrator, cache)
     collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
-    tried: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    tried: list[Call] = []
     count = samples = 0
     try:
         collector.start()
@@ -115,15 +117,33 @@ def find_ranges(
                 collector.start_scoring()
                 for args, kwargs in tqdm(tried, "Comparing", disable=not progress, leave=False):
                     model(*args, **kwargs)
+            ranges = collector.finish()
+            if tried:
+                ranges = _best_for_the_whole(model, {EACH: ranges} | collector.rivals(), tried)
     except BaseException:
         collector.abort()
         raise
-    ranges = collector.finish()
     if cache is not None:
         ranges = dataclasses.replace(
             ranges, model=model_digest(model), data=digest.hexdigest(), calibrator=calibrator
         )
         ranges.save(cache)
+    return ranges
+
+
+def _best_for_the_whole(model: nn.Module, rivals: dict[str, Ranges], tried: list[Call]) -> Ranges:
+    """Return the ranges with the smallest error at the model's outputs, and set them.
+
+    What is best for each layer alone is not always best together: clipping errors add up.
+    """
+    outputs = output_errors(model, rivals, tried)
+    best, each = rivals[min(outputs, key=outputs.__getitem__)], rivals[EACH]
+    found = {
+        name: dataclasses.replace(r, errors=each.found[name].errors)
+        for name, r in best.found.items()
+    }
+    ranges = dataclasses.replace(each, found=found, outputs=outputs)
+    ranges.apply(model)
     return ranges
 
 

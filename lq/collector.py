@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -42,8 +42,11 @@ class RangeCollector:
         self.observers: dict[str, RangeObserver] = {}
         self._candidates: Candidates = {}
         self._scorer: RangeScorer | None = None
-        self._modes = {name: q.mode for name, q in quantizers(model).items()}
-        if not self._modes:
+        self._before = {
+            name: (q.mode, None if q.scale is None else q.scale.detach().clone())
+            for name, q in quantizers(model).items()
+        }
+        if not self._before:
             raise ValueError(
                 "Expected a quantized model, but found no quantizers; call lq.quantize first."
             )
@@ -91,12 +94,14 @@ class RangeCollector:
         self.resume()
 
     def abort(self) -> None:
-        """Stop collecting and put every quantizer into the mode it had."""
+        """Stop collecting, and give every quantizer the mode and the scale it had."""
         if self._scorer is not None:
             self._scorer.stop()
         for name, quantizer in quantizers(self.model).items():
             quantizer.observer = None
-            quantizer.mode = self._modes[name]
+            quantizer.mode, scale = self._before[name]
+            if scale is not None:
+                quantizer.restore(scale)
 
     def finish(self) -> Ranges:
         """Set the ranges of all quantizers that saw data, and quantize from here on.
@@ -109,26 +114,21 @@ class RangeCollector:
                 as it was before ``start``.
         """
         try:
+            if self.must_score:
+                log.warning("No batch was left to try the calibrators on; ranges are those of mse.")
             candidates = self._candidates if self._scorer else self._all_candidates()
-            ranges = Ranges(self._chosen(candidates))
+            errors = self._scorer.errors() if self._scorer else {}
+            ranges = Ranges(_chosen(candidates, errors, self.calibrators[-1].name))
         finally:
             self.abort()
         ranges.apply(self.model)
         set_mode(self.model, Mode.QUANTIZE)
         return ranges
 
-    def _chosen(self, candidates: Candidates) -> dict[str, Range]:
-        errors = self._scorer.errors() if self._scorer is not None else {}
-        if self.must_score:
-            log.warning("There was no batch to try the calibrators on; ranges are those of mse.")
-        wanted = self.calibrators[-1].name
-        chosen = {}
-        for name, ranges in candidates.items():
-            scores = errors.get(name, {})
-            fallback = wanted if wanted in ranges else "max"
-            best = min(scores, key=scores.__getitem__) if scores else fallback
-            chosen[name] = Range(ranges[best], best, scores)
-        return chosen
+    def rivals(self) -> dict[str, Ranges]:
+        """Return the ranges of each calibrator alone, for the whole model."""
+        names = [calibrator.name for calibrator in self.calibrators]
+        return {name: Ranges(_chosen(self._candidates, {}, name)) for name in names}
 
     def _all_candidates(self) -> Candidates:
         weights = weight_candidates(self.model, [c.name for c in self.calibrators])
@@ -152,6 +152,19 @@ class RangeCollector:
         if unseen:
             log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
         return candidates
+
+
+def _chosen(
+    candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
+) -> dict[str, Range]:
+    """Return of every quantizer the range with the smallest error, or that of one calibrator."""
+    chosen = {}
+    for name, ranges in candidates.items():
+        scores = errors.get(name, {})
+        best = min(scores, key=scores.__getitem__) if scores else otherwise
+        best = best if best in ranges else "max"  # weights have no percentile
+        chosen[name] = Range(ranges[best], best, scores)
+    return chosen
 
 
 def weight_candidates(model: nn.Module, calibrators: Iterable[str] = ("max",)) -> Candidates:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lq.batches import model_inputs
+from lq.batches import model_inputs, tensors
 from lq.calibration import calibrate
 from lq.curve import CalibrationCurve, CurvePoint
-from lq.engines.base import tensors
 from lq.functional import sqnr_db
 from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.batches import model_inputs
-from lq.engines.base import tensors
+from lq.batches import model_inputs, tensors
 from lq.layer_parity import CutGraph, LayerParity, Recorder
 from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode

@@ -15,6 +15,8 @@ from lq.files import written_whole
 from lq.surgery import quantizers
 
 VERSION = 1
+EACH = "each"
+"""The choice of the best calibrator for each quantizer."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,16 @@ class Ranges:
         model: Hash of the model they belong to.
         data: Hash of the batches they were found from.
         calibrator: What was asked for.
+        outputs: Who chose -> relative squared error at the model's outputs: each quantizer's best
+            (``"each"``), or one calibrator for all; the smallest was taken. Empty where there was
+            nothing to choose.
     """
 
     found: Mapping[str, Range]
     model: str = ""
     data: str = ""
     calibrator: str = ""
+    outputs: Mapping[str, float] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
         """Give a model's quantizers their ranges.
@@ -78,6 +84,8 @@ class Ranges:
         header = ["quantizer", "range", "calibrator"]
         header += [f"{'dB: ' * (i == 0)}{name}" for i, name in enumerate(rivals)]
         lines = [header, *(_row(name, r, rivals) for name, r in self.found.items())]
+        if self.outputs:
+            lines.append(_output_row(self.outputs, rivals))
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
             "  ".join(
@@ -94,6 +102,7 @@ class Ranges:
             "calibrator": self.calibrator,
             "model_sha256": self.model,
             "data_sha256": self.data,
+            "outputs": self.outputs,
             "ranges": {
                 name: {"amax": r.amax.tolist(), "calibrator": r.calibrator, "errors": r.errors}
                 for name, r in self.found.items()
@@ -121,7 +130,8 @@ class Ranges:
                 name: Range(torch.tensor(r["amax"]), r["calibrator"], r["errors"])
                 for name, r in plain["ranges"].items()
             }
-            return cls(found, plain["model_sha256"], plain["data_sha256"], plain["calibrator"])
+            keys = ("model_sha256", "data_sha256", "calibrator", "outputs")
+            return cls(found, *(plain[key] for key in keys))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Expected {str(path)!r} to hold ranges that lq saved, but it cannot be read: "
@@ -149,9 +159,20 @@ class Ranges:
 def _row(name: str, found: Range, rivals: list[str]) -> list[str]:
     low, high = float(found.amax.min()), float(found.amax.max())
     shown = f"{high:.4g}" if found.amax.dim() == 0 else f"{low:.3g}..{high:.3g}"
-    cells = []
-    for rival in rivals:
-        error = found.errors.get(rival)
-        decibels = "" if error is None else f"{-10 * math.log10(error):.1f}" if error else "inf"
-        cells.append(decibels + "*" * (rival == found.calibrator and bool(decibels)))
+    cells = [_decibels(found.errors, rival, found.calibrator) for rival in rivals]
     return [name, shown, found.calibrator, *cells]
+
+
+def _output_row(errors: Mapping[str, float], rivals: list[str]) -> list[str]:
+    """Return what all ranges together do at the model's outputs."""
+    best = min(errors, key=errors.__getitem__)
+    each = _decibels(errors, EACH, best)
+    return ["model outputs", "", f"each: {each}", *(_decibels(errors, r, best) for r in rivals)]
+
+
+def _decibels(errors: Mapping[str, float], name: str, taken: str) -> str:
+    """Return an error as SQNR, with a star if it was taken."""
+    if name not in errors:
+        return ""
+    ratio = f"{-10 * math.log10(errors[name]):.1f}" if errors[name] else "inf"
+    return ratio + "*" * (name == taken)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lq.engines.base import tensors
+from lq.batches import tensors
 
 
 class FirstSamples(Iterable[Any]):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lq.batches import tensors
+from lq.modes import set_mode
 from lq.quantizer import Mode, Quantizer
+from lq.ranges import Ranges
 from lq.surgery import quantized_layers, quantizers
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
 
 
 class RangeScorer:
@@ -77,6 +83,42 @@ class RangeScorer:
     def _add(sums: dict[Any, Tensor], key: Any, values: Tensor) -> None:
         power = values.float().square().sum(dtype=torch.float64)
         sums[key] = sums[key] + power if key in sums else power
+
+
+def output_errors(
+    model: nn.Module, rivals: Mapping[str, Ranges], inputs: Sequence[Call]
+) -> dict[str, float]:
+    """Return the error of the model's outputs with each of several ranges for the whole model.
+
+    ``sum (y_q - y)^2 / sum y^2``, on all ranks where training is distributed. The model is left
+    with the last ranges, quantizing.
+
+    Args:
+        model: A quantized model.
+        rivals: Ranges by name.
+        inputs: Arguments of the calls to compare.
+    """
+    set_mode(model, Mode.BYPASS)
+    expected = [tensors(model(*args, **kwargs)) for args, kwargs in inputs]
+    signal = _power([y for outputs in expected for y in outputs], model)
+    errors = {}
+    for name, ranges in rivals.items():
+        ranges.apply(model)
+        set_mode(model, Mode.QUANTIZE)
+        differences = [
+            got - y
+            for (args, kwargs), outputs in zip(inputs, expected, strict=True)
+            for got, y in zip(tensors(model(*args, **kwargs)), outputs, strict=True)
+            if y.is_floating_point()
+        ]
+        errors[name] = _power(differences, model) / signal if signal > 0 else 0.0
+    return errors
+
+
+def _power(values: Sequence[Tensor], module: nn.Module) -> float:
+    floats = [y for y in values if y.is_floating_point()]
+    total = sum((y.double().square().sum() for y in floats), torch.zeros((), dtype=torch.float64))
+    return _summed_over_ranks(total, module)
 
 
 def _judges(model: nn.Module, names: list[str]) -> dict[nn.Module, list[str]]:

@@ -67,7 +67,8 @@ def test_auto_takes_the_range_with_the_smallest_error_at_the_layers_output() -> 
         for name in COMPETITORS
     }
 
-    found = lq.find_ranges(net("int4"), images(), "auto", progress=False).found
+    ranges = lq.find_ranges(net("int4"), images(), "auto", progress=False)
+    found = ranges.found
 
     model = lq.dequantize(net("int4"))
     for layer, inputs in layer_inputs(net("int4"), images()).items():
@@ -76,10 +77,33 @@ def test_auto_takes_the_range_with_the_smallest_error_at_the_layers_output() -> 
             amax = alone[rival][f"{layer}.input_quantizer"].amax
             error = found[f"{layer}.input_quantizer"].errors[rival]
             assert error == pytest.approx(relative_error(module, amax, inputs, 7), rel=1e-4)
+    best = min(ranges.outputs, key=ranges.outputs.__getitem__)
     for name, chosen in found.items():
-        assert chosen.errors[chosen.calibrator] == min(chosen.errors.values())
+        each = min(chosen.errors, key=chosen.errors.__getitem__)
+        assert chosen.calibrator == (each if best == "each" else best) or "weight" in name
         assert torch.equal(chosen.amax, alone[chosen.calibrator][name].amax)
-    assert found["conv.input_quantizer"].calibrator != "max"
+    assert len({min(r.errors, key=r.errors.__getitem__) for r in found.values()}) > 1
+
+
+def test_auto_is_at_least_as_good_as_any_calibrator_at_the_models_outputs() -> None:
+    expected = lq.dequantize(net("int4")).eval()(torch.cat(images())).detach()
+    model = net("int4").eval()
+
+    def noise() -> float:
+        return float((model(torch.cat(images())) - expected).double().square().sum().detach())
+
+    measured = {}
+    for name in COMPETITORS:
+        lq.find_ranges(model, images(), name, progress=False)
+        measured[name] = noise() / float(expected.double().square().sum())
+    ranges = lq.find_ranges(model, images(), "auto", progress=False)
+
+    assert noise() / float(expected.double().square().sum()) == pytest.approx(
+        min(ranges.outputs.values()), rel=1e-4
+    )
+    for name, error in measured.items():
+        assert ranges.outputs[name] == pytest.approx(error, rel=1e-4)
+        assert min(ranges.outputs.values()) <= error * (1 + 1e-6)
 
 
 def test_weights_compete_too() -> None:
@@ -213,5 +237,6 @@ def test_the_table_marks_what_was_chosen() -> None:
     lines = ranges.table().splitlines()
 
     assert lines[0].split()[:3] == ["quantizer", "range", "calibrator"]
-    assert len(lines) == 1 + len(ranges.found)
-    assert all(line.count("*") == 1 for line in lines[1:])
+    assert len(lines) == 1 + len(ranges.found) + 1
+    assert lines[-1].startswith("model outputs")
+    assert all(line.count("*") <= 1 for line in lines[1:])
