@@ -1,12 +1,16 @@
 """What calibration costs, as ratios to plain forward passes over the same batches, beside peers.
 
-Interleaved in one run, medians; memory in processes of their own.
+Interleaved in one run, medians; peak memory in processes of their own.
 python benchmarks/calibration.py [--model resnet18] [--rounds 5] [--no-peers]
 """
 
 import argparse
 import copy
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +24,7 @@ import torchvision
 import lq
 from lq.calibrators import CALIBRATORS
 from lq.collector import RangeCollector, weight_candidates
-from lq.modes import eval_mode
-from lq.observers import HistogramObserver
+from lq.modes import eval_mode, quantizer_mode
 from lq.surgery import quantized_layers, quantizers
 
 BATCHES, SIZE = 10, 32
@@ -143,27 +146,47 @@ def medians(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def memory(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
-    """Print what the statistics hold, against the activations of one batch."""
-    activations = 0
-
-    def add(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-        nonlocal activations
-        activations += output.numel() * output.element_size()
-
+def returned_bytes(model: torch.nn.Module, batch: torch.Tensor) -> int:
+    """Return the size of everything that the layers return for a batch."""
+    sizes = []
     hooks = [
-        layer.register_forward_hook(add) for layer in model.modules() if not [*layer.children()]
+        layer.register_forward_hook(lambda _m, _a, y: sizes.append(y.numel() * y.element_size()))
+        for layer in model.modules()
+        if not [*layer.children()]
     ]
-    passes(model, batches[:1])
+    passes(model, [batch])
     for hook in hooks:
         hook.remove()
-    for n in (1, len(batches)):
-        observers = collected(model, batches[:n], "entropy").observers.values()
-        held = sum(8 * o.counts.numel() for o in observers if isinstance(o, HistogramObserver))
-        print(
-            f"statistics of {n} batches: {held / 1e6:.2f} MB, {held / activations:.2%} of "
-            f"the {activations / 1e6:.0f} MB that the layers return for a batch of {SIZE}"
-        )
+    return sum(sizes)
+
+
+def peak_mb(arguments: argparse.Namespace, what: str, count: int) -> float:
+    """Return the peak memory of a process that runs some batches, collecting or not."""
+    command = [sys.executable, __file__, "--peak", what, str(count), "--model", arguments.model]
+    command += ["--size", str(arguments.size)]
+    # Large blocks go back at once, so that the peak is that of what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(found.stdout)
+
+
+def memory(arguments: argparse.Namespace, model: torch.nn.Module, batch: torch.Tensor) -> None:
+    activations = returned_bytes(model, batch) / 1e6
+    plain = peak_mb(arguments, "plain", 2)
+    print(f"layers return {activations:.0f} MB for a batch of {SIZE}")
+    for count in (2, BATCHES):
+        extra = peak_mb(arguments, "collect", count) - plain
+        print(f"peak while collecting {count} batches: {extra:+.1f} MB, {extra / activations:.2%}")
+
+
+def print_peak(net: torch.nn.Module, batches: list[torch.Tensor], what: str) -> None:
+    if what == "collect":
+        kept = collected(net, batches, "entropy")
+        assert kept.observers
+    else:
+        with quantizer_mode(net, lq.Mode.BYPASS):
+            passes(net, batches)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
 
 
 def main() -> None:
@@ -172,15 +195,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = getattr(torchvision.models, arguments.model)().eval()
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randn(SIZE, 3, arguments.size, arguments.size, generator=generator)
-        for _ in range(BATCHES)
+        for _ in range(int(arguments.peak[1]) if arguments.peak else BATCHES)
     ]
     net = lq.quantize(copy.deepcopy(model), "tensorrt_int8")
+    if arguments.peak:
+        return print_peak(net, batches, arguments.peak[0])
     ready = collected(net, batches[:2], "entropy")
     runs: dict[str, Callable[[], Any]] = {
         "plain": lambda: passes(model, batches),
@@ -195,7 +221,7 @@ def main() -> None:
     for name, seconds in found.items():
         unit = "onnxruntime: plain" if name.startswith("onnxruntime") else "plain"
         print(f"{name:28s} {seconds:7.2f} s  {seconds / found[unit]:6.3f} of {unit}")
-    memory(net, batches)
+    memory(arguments, model, batches[0])
     sampled, whole = (collected(net, batches[:3], "entropy", s) for s in (True, False))
     for name in CALIBRATORS:
         pairs = zip(ranges(sampled, name).values(), ranges(whole, name).values(), strict=True)

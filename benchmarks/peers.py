@@ -41,11 +41,13 @@ def modelopt(
         net = quantized("histogram", None)
         model_calib.enable_stats_collection(net)
         run_all(net, images)
-        for name, module in net.named_modules():  # weights have no histogram
-            if name.endswith("_quantizer") and getattr(module, "_calibrator", None) is not None:
-                histogram = hasattr(module._calibrator, "_calib_hist")
-                keywords = {"method": method} if histogram else {}
-                model_calib.finish_stats_collection(module, **keywords)
+        for module in net.modules():
+            calibrator = getattr(module, "_calibrator", None)
+            if calibrator is not None and not module._disabled:
+                keywords = {"method": method} if hasattr(calibrator, "_calib_hist") else {}
+                module.load_calib_amax(**keywords)  # weights have no histogram
+                module.enable_quant()
+                module.disable_calib()
         yield f"modelopt histogram {method}", net
 
 
