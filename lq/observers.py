@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,26 @@ class RangeObserver:
         self.name = name
         self.batch = 0
         self.amax: Tensor | None = None
+        self._last: tuple[weakref.ref[Tensor], int] | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Take note of one tensor.
+        """Take note of one tensor, once where several layers in a row are given the same.
 
         Raises:
             RuntimeError: If it holds NaN or infinity.
         """
-        if x.numel() > 0:
-            low, high = torch.aminmax(x.detach())
-            self._note(torch.maximum(-low, high))
+        if x.numel() > 0 and not self._is_last(x):
+            self._collect(x.detach())
+
+    def _is_last(self, x: Tensor) -> bool:
+        if x.is_inference():  # it may have been changed in place, and does not tell
+            return False
+        last, self._last = self._last, (weakref.ref(x), x._version)
+        return last is not None and last[0]() is x and last[1] == x._version
+
+    def _collect(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self._note(torch.maximum(-low, high))
 
     def _note(self, amax: Tensor) -> None:
         amax = amax.float().abs()  # not -0
@@ -85,25 +97,20 @@ class HistogramObserver(RangeObserver):
         assert self.amax is not None
         return Histogram(self.counts, self.amax)
 
-    def observe(self, x: Tensor) -> None:
-        """Take note of one tensor.
-
-        Raises:
-            RuntimeError: If it holds NaN or infinity.
-        """
-        if x.numel() == 0:
-            return
-        values = in_memory_order(x.detach())
+    def _collect(self, x: Tensor) -> None:
+        values = in_memory_order(x)
         if self.sample is None or values.numel() <= self.sample:
-            super().observe(values)
+            super()._collect(values)
             counts = count(values)
         else:
             whole = values.numel() // BLOCK * BLOCK
             blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
             peaks = torch.maximum(blocks.amax(1), -blocks.amin(1))
-            super().observe(rest)
             self._note(peaks.amax())
-            counts = _count_sampled(blocks, peaks, -(-values.numel() // self.sample)) + count(rest)
+            counts = _count_sampled(blocks, peaks, -(-values.numel() // self.sample))
+            if rest.numel():
+                super()._collect(rest)
+                counts += count(rest)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 
     def synchronize(self, device: torch.device) -> None:

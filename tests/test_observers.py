@@ -142,6 +142,22 @@ def test_memory_is_constant() -> None:
     assert sum(t.numel() for t in tensors) == BINS + 1
 
 
+def test_what_several_layers_are_given_counts_once() -> None:
+    x = torch.rand(100)
+    statistics = watched(HistogramObserver, x, x)
+    assert statistics.counts.sum() == 100
+
+    statistics.observe(x.add_(1))  # changed in place
+    statistics.observe(x.clone())
+    assert statistics.counts.sum() == 300
+
+    with torch.inference_mode():
+        y = torch.rand(100)
+        statistics.observe(y)
+        statistics.observe(y.add_(1))
+    assert statistics.counts.sum() == 500
+
+
 # ------------------------------------------------------------------------------ sub-sampling
 
 
