@@ -1,7 +1,6 @@
 """Other toolkits at the scheme of ptq_accuracy.py: pip install -e '.[benchmark]'."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,21 @@ def run_all(model: Callable[[Tensor], Any], images: list[Tensor]) -> None:
     with torch.no_grad():
         for x in images:
             model(x)
+
+
+def float_file(model: nn.Module, sample: Tensor, folder: Path) -> Path:
+    """Return the float model as an ONNX file, BatchNorm folded, writing it at the first call."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = folder / "float.onnx"
+    if not path.is_file():
+        batch = ({0: torch.export.Dim("batch")},)
+        exported = folder / "exported.onnx"
+        torch.onnx.export(
+            model, (sample,), exported, dynamo=True, verbose=False, dynamic_shapes=batch
+        )
+        quant_pre_process(exported, path)
+    return path
 
 
 def modelopt(
@@ -57,19 +71,9 @@ def onnxruntime(
     """Give the file quantized by onnxruntime.quantization, inputs of Conv and Gemm only."""
     import onnxruntime as ort
     from onnxruntime import quantization as ortq
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    torch.onnx.export(
-        model,
-        (images[0],),
-        folder / "float.onnx",
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
-    quant_pre_process(folder / "float.onnx", folder / "folded.onnx")
-
-    name = ort.InferenceSession(folder / "folded.onnx").get_inputs()[0].name
+    path = float_file(model, images[0], folder)
+    name = ort.InferenceSession(path).get_inputs()[0].name
 
     class Reader(ortq.CalibrationDataReader):
         def __init__(self) -> None:
@@ -80,10 +84,10 @@ def onnxruntime(
             return None if x is None else {name: x.numpy()}
 
     for method in ("MinMax", "Entropy", "Percentile"):
-        path = folder / f"ort_{method}.onnx"
+        quantized = folder / f"ort_{method}.onnx"
         ortq.quantize_static(
-            folder / "folded.onnx",
             path,
+            quantized,
             Reader(),
             op_types_to_quantize=["Conv", "Gemm"],
             per_channel=True,
@@ -93,30 +97,33 @@ def onnxruntime(
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm"],
             },
         )
-        runner = open_engine(path)
+        runner = open_engine(quantized)
         yield f"onnxruntime {method.lower()}", lambda x, runner=runner: runner.run(x)[0]
 
 
-def nncf(model: nn.Module, images: list[Tensor], _folder: Path) -> Iterator[tuple[str, Predict]]:
-    """Give the model quantized by NNCF, which quantizes more operators, with bias correction."""
+def nncf(model: nn.Module, images: list[Tensor], folder: Path) -> Iterator[tuple[str, Predict]]:
+    """Give the file quantized by NNCF, which quantizes more operators and corrects biases."""
     import nncf
+    import onnx
 
     schemes = {
         "symmetric": (nncf.QuantizationPreset.PERFORMANCE, True),
         "asymmetric activations": (nncf.QuantizationPreset.MIXED, True),
         "asymmetric, full bias correction": (nncf.QuantizationPreset.MIXED, False),
     }
-    for name, (preset, fast) in schemes.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            net = nncf.quantize(
-                copy.deepcopy(model),
-                nncf.Dataset(images),
-                preset=preset,
-                fast_bias_correction=fast,
-                subset_size=len(images),
-            )
-        yield f"nncf {name}", net
+    path = float_file(model, images[0], folder)
+    name = open_engine(path).session.get_inputs()[0].name
+    for i, (scheme, (preset, fast)) in enumerate(schemes.items()):
+        net = nncf.quantize(
+            onnx.load(path),
+            nncf.Dataset(images, lambda x: {name: x.numpy()}),
+            preset=preset,
+            fast_bias_correction=fast,
+            subset_size=len(images),
+        )
+        onnx.save(net, folder / f"nncf_{i}.onnx")
+        runner = open_engine(folder / f"nncf_{i}.onnx")
+        yield f"nncf {scheme}", lambda x, runner=runner: runner.run(x)[0]
 
 
 PEERS = (modelopt, onnxruntime, nncf)

@@ -69,13 +69,10 @@ def main() -> None:
     print(f"{arguments.case}: float {top1:.2%} of {len(labels)} images")
     print(f"{'':34s} {'top-1, points':>14s}  {'agreement':>8s}  {'logits':>9s}")
     folder = Path(tempfile.mkdtemp())
-    rows = list(ours(model, calibration, folder))
-    if not arguments.no_peers:
-        rows += [
-            (name, predict) for peer in PEERS for name, predict in peer(model, calibration, folder)
-        ]
-    for name, predict in rows:
-        print(line(name, reference, logits(predict, test), labels), flush=True)
+    toolkits = (ours,) if arguments.no_peers else (ours, *PEERS)
+    for toolkit in toolkits:
+        for name, predict in toolkit(model, calibration, folder):
+            print(line(name, reference, logits(predict, test), labels), flush=True)
     print("\n" + (folder / "auto.txt").read_text())
 
 
