@@ -1,6 +1,6 @@
 """Real images and float weights, where they are: LQ_DATA, or ../shared/data from the repository.
 
-python benchmarks/shared.py prints each float model's top-1 beside what its publisher's is here.
+python benchmarks/shared.py prints the top-1 of each float model beside the expected one.
 """
 
 import csv
@@ -71,7 +71,7 @@ class ZippedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         name, label = self.rows[index]
         image = Image.open(io.BytesIO(self.archive.read(name))).convert("RGB")
-        image = centre(image, 224) if self.crop else image.resize((224, 224), Image.BILINEAR)
+        image = centre(image, 224) if self.crop else image.resize((224, 224), Image.BICUBIC)
         return self.prepare(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255), label
 
 
@@ -139,7 +139,7 @@ class Case:
         weights: File of its weights.
         images: ``cifar10`` or ``photographs``.
         prepare: How it wants its images.
-        top1: Float top-1 that its publisher's code has on these test images, 0..1.
+        top1: Float top-1 to expect on these test images, 0..1.
     """
 
     factory: str
@@ -207,7 +207,7 @@ def batches(data: Dataset, size: int = 128, shuffle: bool = False) -> DataLoader
 def main() -> None:
     for name, case in CASES.items():
         result = evaluate(case.model(), batches(case.data("test"), 50))
-        print(f"{name}: float {result.top1:.2%} of {result.n} images, published {case.top1:.2%}")
+        print(f"{name}: float {result.top1:.2%} of {result.n} images, expected {case.top1:.2%}")
 
 
 if __name__ == "__main__":
