@@ -22,6 +22,7 @@ LEVELS = [
     {"observers", "calibrators", "quantizer"},
     {"layers"},
     {"state", "surgery", "calibration", "checkpoint", "qat"},
+    {"repair"},
     {"export"},
     {"engines"},
     {"parity", "layer_parity", "evaluation"},
@@ -36,7 +37,7 @@ UPWARDS = {("export", "parity")}
 
 
 def sources() -> list[Path]:
-    return sorted([*(ROOT / "lq").glob("*.py"), *(ROOT / "lq").glob("[de]*/*.py")]) + sorted(
+    return sorted([*(ROOT / "lq").glob("*.py"), *(ROOT / "lq").glob("[der]*/*.py")]) + sorted(
         (ROOT / "callbacks").glob("*.py")
     )
 
@@ -82,6 +83,7 @@ def test_public_names() -> None:
         "open_engine",
         "parity",
         "quantize",
+        "repair",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name

@@ -1,0 +1,192 @@
+"""Repair a quantized model, keeping only what helps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.calibration import calibrate
+from lq.functional import sqnr_db
+from lq.messages import suggest
+from lq.repair.batchnorm import live_norms, reestimate_batchnorm
+from lq.repair.bias import correct_biases
+from lq.repair.blame import layer_sqnr
+from lq.repair.equalization import equalize
+from lq.repair.running import check_ready, check_repeatable, float_copy, outputs
+
+log = logging.getLogger(__name__)
+METHODS = ("equalize", "batchnorm", "bias")
+"""Names of the repairs, in the order in which they are done."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a quantized model is to the float one on the same samples.
+
+    Attributes:
+        sqnr_db: Signal-to-quantization-noise ratio of the outputs, in decibels.
+        agreement: Share of samples with the same largest output, 0..1.
+    """
+
+    sqnr_db: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return f"{self.sqnr_db:.2f} dB, {self.agreement:.2%}"
+
+
+@dataclass(frozen=True)
+class RepairStep:
+    """What one repair brought on held-out samples.
+
+    Attributes:
+        method: Name of the repair.
+        before: Before it.
+        after: With it.
+        kept: Whether it was kept, because the SQNR rose.
+        left: Layers it left alone, and why.
+    """
+
+    method: str
+    before: Fidelity
+    after: Fidelity
+    kept: bool
+    left: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did.
+
+    Attributes:
+        layers: SQNR of the output in dB where only that layer is quantized, the worst first:
+            which layers caused the loss, before any repair.
+        steps: Each repair, in the order they were done.
+    """
+
+    layers: Mapping[str, float]
+    steps: Sequence[RepairStep]
+
+    def __str__(self) -> str:
+        lines = ["Layers that cause the loss (SQNR of the output, only that layer quantized):"]
+        lines += [f"  {sqnr:6.2f} dB  {name}" for name, sqnr in [*self.layers.items()][:5]]
+        for step in self.steps:
+            end = "kept" if step.kept else "undone: no gain"
+            lines.append(f"{step.method}: {step.before} -> {step.after}, {end}")
+            lines += [f"  left {name}: {reason}" for name, reason in step.left.items()]
+        return "\n".join(lines)
+
+
+def repair(
+    model: nn.Module,
+    batches: Iterable[Any],
+    held_out: Iterable[Any],
+    methods: Sequence[str] = METHODS,
+    calibrator: str = "max",
+    progress: bool = True,
+) -> RepairReport:
+    """Win back accuracy that quantization cost, without training, in place.
+
+    Each repair is measured on `held_out` against the float model and undone where the SQNR of the
+    outputs does not rise. Equalization comes first, since it changes weights, and ranges are
+    found again after it; then come the repairs that follow the quantized model. Weights change in
+    place, so ``dequantize`` afterwards gives the repaired float model, not the one before.
+
+    Args:
+        model: A calibrated model that returns a tensor, classes along axis 1.
+        batches: Calibration batches as ``calibrate`` takes them, gone through several times.
+        held_out: Other batches, to judge by.
+        methods: Which of ``"equalize"``, ``"batchnorm"``, ``"bias"`` to try.
+        calibrator: How ranges are found again after equalization.
+        progress: Show progress bars.
+
+    Returns:
+        Which layers caused the loss, and what each repair brought.
+
+    Raises:
+        ValueError: For an unknown method, or batches that are empty or can be read only once.
+        RuntimeError: If the model is not calibrated.
+
+    Example:
+        >>> import lq
+        >>> from lq.models import digits_cnn
+        >>> _ = torch.manual_seed(0)
+        >>> batches = [torch.randn(16, 1, 8, 8) for _ in range(3)]
+        >>> model = lq.quantize(digits_cnn(), "tensorrt_int8")
+        >>> _ = lq.calibrate(model, batches[:2], progress=False)
+        >>> report = repair(model, batches[:2], batches[2:], methods=["bias"], progress=False)
+        >>> [step.method for step in report.steps]
+        ['bias']
+    """
+    _check(model, batches, held_out, methods)
+    judge = _Judge(float_copy(model), held_out)
+    blame = layer_sqnr(model, next(iter(held_out)), progress)
+    runs: dict[str, Callable[[], dict[str, str]]] = {
+        "equalize": lambda: _equalize_and_calibrate(model, batches, calibrator, progress),
+        "batchnorm": lambda: reestimate_batchnorm(model, batches, progress),
+        "bias": lambda: correct_biases(model, batches, judge.reference, progress),
+    }
+    steps = []
+    fidelity = judge.measure(model)
+    for method in (m for m in METHODS if m in methods):
+        if method == "batchnorm" and not live_norms(model):
+            log.warning("Left batchnorm out: the model has no BatchNorm with statistics.")
+            continue
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        left = runs[method]()
+        after = judge.measure(model)
+        kept = after.sqnr_db > fidelity.sqnr_db
+        steps.append(RepairStep(method, fidelity, after, kept, left))
+        if not kept:
+            model.load_state_dict(before)
+        elif method == "equalize":
+            judge.reference = float_copy(model)  # its layers' outputs were scaled as well
+        fidelity = after if kept else fidelity
+    return RepairReport(blame, steps)
+
+
+def _equalize_and_calibrate(
+    model: nn.Module, batches: Iterable[Any], calibrator: str, progress: bool
+) -> dict[str, str]:
+    left = equalize(model)
+    calibrate(model, batches, calibrator, progress)
+    return left
+
+
+def _check(
+    model: nn.Module, batches: Iterable[Any], held_out: Iterable[Any], methods: Sequence[str]
+) -> None:
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(
+                f"Expected `methods` to be of {', '.join(METHODS)}, but got {method!r}; "
+                f"{suggest(method, METHODS)}"
+            )
+    check_repeatable(batches, "batches")
+    check_repeatable(held_out, "held_out")
+    check_ready(model)
+
+
+class _Judge:
+    """Measures a quantized model against the float one on held-out batches."""
+
+    def __init__(self, reference: nn.Module, held_out: Iterable[Any]) -> None:
+        self.reference, self.held_out = reference, held_out
+        self.wanted = self._outputs(reference)
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        found = [outputs(model, batch).float().cpu() for batch in self.held_out]
+        if not found:
+            raise ValueError("Expected `held_out` to hold at least one batch, but got none.")
+        return torch.cat(found)
+
+    def measure(self, model: nn.Module) -> Fidelity:
+        """Return how near a model is."""
+        got = self._outputs(model)
+        same = got.argmax(1) == self.wanted.argmax(1)
+        return Fidelity(sqnr_db(self.wanted, got), float(same.float().mean()))
