@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Subset
 
 import lq
 from lq.functional import sqnr_db
-from lq.repair import repair
 
 CALIBRATION, HELD_OUT = 256, 500
 SETTINGS = {
@@ -59,14 +58,13 @@ def main() -> None:
         case = CASES[name]
         reference, test = case.model(), batches(case.data("test", count), 64)
         wanted, target = logits(reference, test)
-        print(
-            f"{name}, {len(target)} test images: float {(wanted.argmax(1) == target).double().mean():.2%}"
-        )
+        top1 = (wanted.argmax(1) == target).double().mean()
+        print(f"{name}, {len(target)} test images: float {top1:.2%}")
         calibration, held_out = tuning(case)
         model = lq.quantize(copy.deepcopy(reference), recipe)
         lq.calibrate(model, calibration, progress=False)
         print("naive:", compared(wanted, logits(model, test)[0], target))
-        print(repair(model, calibration, held_out))
+        print(lq.repair(model, calibration, held_out))
         print("repaired:", compared(wanted, logits(model, test)[0], target), flush=True)
 
 

@@ -6,7 +6,7 @@ from lq.calibration import calibrate
 from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
-from lq.repair import repair  # eager, likewise
+from lq.repairs import repair
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 

@@ -22,7 +22,7 @@ LEVELS = [
     {"observers", "calibrators", "quantizer"},
     {"layers"},
     {"state", "surgery", "calibration", "checkpoint", "qat"},
-    {"repair"},
+    {"repairs"},
     {"export"},
     {"engines"},
     {"parity", "layer_parity", "evaluation"},

@@ -1,10 +1,10 @@
 """Post-training repair: win back, without training, what quantization cost a model."""
 
-from lq.repair.batchnorm import reestimate_batchnorm
-from lq.repair.bias import correct_biases
-from lq.repair.blame import layer_sqnr
-from lq.repair.equalization import equalize
-from lq.repair.run import METHODS, Fidelity, RepairReport, RepairStep, repair
+from lq.repairs.batchnorm import reestimate_batchnorm
+from lq.repairs.bias import correct_biases
+from lq.repairs.blame import layer_sqnr
+from lq.repairs.equalization import equalize
+from lq.repairs.run import METHODS, Fidelity, RepairReport, RepairStep, repair
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lq.repair.pairs import Pair, find_pairs
+from lq.repairs.pairs import Pair, find_pairs
 from lq.surgery import quantizers
 
 MAX_ROUNDS = 20

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from lq.layers import QuantLayer
-from lq.repair.running import check_ready, float_copy, hooks, outputs
+from lq.repairs.running import check_ready, float_copy, hooks, outputs
 from lq.surgery import quantized_layers
 
 

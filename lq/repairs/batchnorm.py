@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from lq.calibration import eval_mode, model_inputs
-from lq.repair.running import check_ready
+from lq.repairs.running import check_ready
 
 
 def live_norms(model: nn.Module) -> dict[str, _BatchNorm]:

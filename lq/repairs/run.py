@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lq.calibration import calibrate
 from lq.functional import sqnr_db
 from lq.messages import suggest
-from lq.repair.batchnorm import live_norms, reestimate_batchnorm
-from lq.repair.bias import correct_biases
-from lq.repair.blame import layer_sqnr
-from lq.repair.equalization import equalize
-from lq.repair.running import check_ready, check_repeatable, float_copy, outputs
+from lq.repairs.batchnorm import live_norms, reestimate_batchnorm
+from lq.repairs.bias import correct_biases
+from lq.repairs.blame import layer_sqnr
+from lq.repairs.equalization import equalize
+from lq.repairs.running import check_ready, check_repeatable, float_copy, outputs
 
 log = logging.getLogger(__name__)
 METHODS = ("equalize", "batchnorm", "bias")

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from lq.calibration import quantizer_mode
 from lq.functional import sqnr_db
 from lq.quantizer import Mode
-from lq.repair.running import check_ready, outputs
+from lq.repairs.running import check_ready, outputs
 from lq.surgery import quantized_layers
 
 
