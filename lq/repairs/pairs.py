@@ -17,7 +17,8 @@ from lq.layers import QUANT_CLASSES, QuantLayer, float_class, is_quantizable
 
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_FUNCTIONS = {torch.relu, F.relu, F.leaky_relu, F.dropout, F.max_pool2d, F.avg_pool2d}
+_FUNCTIONS = {torch.relu, F.relu, F.leaky_relu, F.dropout}
+_POOL_FUNCTIONS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
 _METHODS = {"relu", "relu_", "contiguous"}
 """What lets a positive factor per channel through: f(s * x) = s * f(x)."""
 
@@ -81,7 +82,7 @@ def find_pairs(model: nn.Module) -> Found:
             if norm is not None and own.is_norm(_name(prefix, norm), name):
                 norms[name] = _name(prefix, norm)
             last = norm if name in norms and norm is not None else node
-            second = own.reached(prefix, last)
+            second = own.reached(prefix, last, pools=isinstance(own.modules[name], _ConvNd))
             if second is not None and own.match(name, second):
                 pairs.append(Pair(name, norms.get(name), second))
     return Found(tuple(pairs), norms, left)
@@ -160,20 +161,23 @@ class _Ownership:
             and self._is_free(name)
         )
 
-    def reached(self, prefix: str, node: fx.Node) -> str | None:
-        """Return the layer that is reached through operations that let factors through."""
+    def reached(self, prefix: str, node: fx.Node, pools: bool) -> str | None:
+        """Return the layer that is reached through operations that let factors through.
+
+        Pooling is one behind a Conv; behind a Linear it would mix channels.
+        """
         following = _next(node)
-        while following is not None and self._passes(prefix, following):
+        while following is not None and self._passes(prefix, following, pools):
             following = _next(following)
         name = _name(prefix, following) if following is not None else ""
         return name if self.is_layer(name) else None
 
-    def _passes(self, prefix: str, node: fx.Node) -> bool:
+    def _passes(self, prefix: str, node: fx.Node, pools: bool) -> bool:
         if node.op == "call_module":
             module: Any = self.modules[_name(prefix, node)]
-            return type(module) in (*_ELEMENTWISE, *_POOLS)
+            return type(module) in _ELEMENTWISE or (pools and type(module) in _POOLS)
         if node.op == "call_function":
-            return node.target in _FUNCTIONS
+            return node.target in _FUNCTIONS or (pools and node.target in _POOL_FUNCTIONS)
         return node.op == "call_method" and node.target in _METHODS
 
     def match(self, first: str, second: str) -> bool:

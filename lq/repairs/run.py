@@ -138,8 +138,12 @@ def repair(
             log.warning("Left batchnorm out: the model has no BatchNorm with statistics.")
             continue
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        left = runs[method]()
-        after = judge.measure(model)
+        try:
+            left = runs[method]()
+            after = judge.measure(model)
+        except BaseException:
+            model.load_state_dict(before)
+            raise
         kept = after.sqnr_db > fidelity.sqnr_db
         steps.append(RepairStep(method, fidelity, after, kept, left))
         if not kept:
