@@ -4,7 +4,8 @@ from lq.repairs.batchnorm import reestimate_batchnorm
 from lq.repairs.bias import correct_biases
 from lq.repairs.blame import layer_sqnr
 from lq.repairs.equalization import equalize
-from lq.repairs.run import METHODS, Fidelity, RepairReport, RepairStep, repair
+from lq.repairs.report import Fidelity, RepairReport, RepairStep
+from lq.repairs.run import METHODS, repair
 
 __all__ = [
     "METHODS",

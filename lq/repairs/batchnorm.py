@@ -11,13 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from lq.calibration import eval_mode, model_inputs
+from lq.repairs.norms import live_norms
 from lq.repairs.running import check_ready
-
-
-def live_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of a model that keep statistics, by qualified name."""
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    return {n: m for n, m in norms.items() if m.running_mean is not None}
 
 
 @contextmanager
