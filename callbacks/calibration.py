@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lq.calibration import calibrate, set_mode
-from lq.calibrators import parse_calibrator
+from lq.calibration import calibrate
+from lq.calibrators import parse_calibrators
 from lq.callbacks.target import quantize_target, target_module
+from lq.modes import set_mode
 from lq.quantizer import Mode
 from lq.surgery import is_calibrated
 
@@ -25,10 +26,13 @@ class Calibration(L.Callback):
 
     Args:
         batches: How many batches to look at.
-        calibrator: ``max``, ``percentile`` or ``percentile(99.9)``.
+        calibrator: ``max``, ``percentile`` or ``percentile(99.9)``, ``entropy``, ``mse``, or
+            ``auto``: the best of them for each quantizer.
         recipe: What to quantize, for a module that does not quantize itself.
         module: Submodule to quantize; a QuantModule's model, or the whole module, if not given.
         checkpoint: Where to save the calibrated module, for a later test or export.
+        cache: JSON file of ranges: used if it is of the same model and data, refused if of others,
+            written if it is not there.
     """
 
     def __init__(
@@ -38,12 +42,14 @@ class Calibration(L.Callback):
         recipe: str | dict[str, Any] = "tensorrt_int8",
         module: str | None = None,
         checkpoint: str | None = None,
+        cache: str | None = None,
     ) -> None:
         if batches < 1:
             raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
-        parse_calibrator(calibrator)
+        parse_calibrators(calibrator)
         self.batches, self.calibrator = batches, calibrator
-        self.recipe, self.module, self.checkpoint = recipe, module, checkpoint
+        self.recipe, self.module = recipe, module
+        self.checkpoint, self.cache = checkpoint, cache
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
@@ -79,7 +85,7 @@ class Calibration(L.Callback):
             return
         self._check_forward(target)
         batches = islice(calibration_batches(trainer), self.batches)
-        calibrate(target, batches, self.calibrator, progress=trainer.is_global_zero)
+        calibrate(target, batches, self.calibrator, trainer.is_global_zero, self.cache)
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
 

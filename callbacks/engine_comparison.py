@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lq.calibration import quantizer_mode
 from lq.callbacks.export import Export
 from lq.callbacks.target import target_module
 from lq.evaluation import Evaluation, comparison_table, evaluate
 from lq.export import export_onnx
 from lq.files import written_whole
+from lq.modes import quantizer_mode
 from lq.quantizer import Mode
 from lq.surgery import dequantize, quantizers
 

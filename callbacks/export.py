@@ -14,6 +14,7 @@ from lq.callbacks.target import target_module
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.export.targets import TARGETS, check_target
+from lq.files import check_file_path
 from lq.parity import ParityReport
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class Export(L.Callback):
             raise ValueError(
                 f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}."
             )
+        if batches < 1:
+            raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
+        check_file_path(path)
         self.path, self.module, self.target = Path(path), module, target
         self.engine, self.batches = engine, batches
         self.report: ParityReport | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -9,12 +10,15 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lq.calibration import RangeCollector, set_mode
-from lq.calibrators import parse_calibrator
+from lq.calibrators import parse_calibrators
 from lq.callbacks.target import check_still_quantized, quantize_target, target_module
+from lq.collector import RangeCollector
+from lq.modes import set_mode
 from lq.qat import copy_scales, freeze_batchnorm, freeze_scales, learns_scales
 from lq.quantizer import Mode
 from lq.surgery import is_calibrated, quantized_layers
+
+log = logging.getLogger(__name__)
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -30,7 +34,8 @@ class QuantizationAwareTraining(L.Callback):
             (QuantModule) keeps its own.
         module: Submodule to quantize, such as ``encoder``; a QuantModule's model, or the whole
             module, if not given.
-        calibrator: ``max``, ``percentile`` or ``percentile(99.9)``.
+        calibrator: ``max``, ``percentile`` or ``percentile(99.9)``, ``entropy``, ``mse``, or
+            ``auto``: the best of them for each quantizer, tried on the last of the batches.
         calibration_batches: How many training batches ranges are collected from.
         start_epoch: First epoch with quantization; the ones before train in float.
         freeze_scales_epoch: Epoch from which learned scales stay as they are.
@@ -59,7 +64,11 @@ class QuantizationAwareTraining(L.Callback):
             raise ValueError(
                 f"Expected `calibration_batches` to be at least 1, but got {calibration_batches}."
             )
-        parse_calibrator(calibrator)
+        if len(parse_calibrators(calibrator)) > 1 and calibration_batches < 2:
+            raise ValueError(
+                f"Expected `calibration_batches` to be at least 2 for {calibrator!r}, which tries "
+                f"the calibrators on the last of them, but got {calibration_batches}."
+            )
         self.recipe, self.module, self.calibrator = recipe, module, calibrator
         self.calibration_batches, self.start_epoch = calibration_batches, start_epoch
         self.freeze_scales_epoch = freeze_scales_epoch
@@ -112,6 +121,8 @@ class QuantizationAwareTraining(L.Callback):
         self._batches += 1
         if self._batches >= self.calibration_batches:
             self._finish(trainer, pl_module)
+        elif self._batches == self.calibration_batches - 1 and self._collector.must_score:
+            self._collector.start_scoring()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep validation data out of the ranges."""
@@ -138,7 +149,8 @@ class QuantizationAwareTraining(L.Callback):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._collector is not None
-        self._collector.finish()
+        ranges = self._collector.finish()
+        log.info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
         self._collector = None
         target = target_module(pl_module, self.module)
         for callback in _averaging(trainer):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lq.calibration import calibrate
+from lq.calibration import calibrate, find_ranges
 from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
@@ -11,6 +11,7 @@ from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:
+    from lq.convergence import calibration_curve
     from lq.engines import open_engine
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
@@ -26,9 +27,11 @@ __all__ = [
     "Rule",
     "build_engine",
     "calibrate",
+    "calibration_curve",
     "dequantize",
     "evaluate",
     "export_onnx",
+    "find_ranges",
     "load_from_checkpoint",
     "open_engine",
     "parity",
@@ -40,6 +43,7 @@ __all__ = [
 _LAZY = {
     "QuantModule": "lq.module",
     "build_engine": "lq.export",
+    "calibration_curve": "lq.convergence",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
     "open_engine": "lq.engines",

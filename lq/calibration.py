@@ -2,245 +2,180 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lq.calibrators import parse_calibrator, weight_amax
-from lq.observers import RangeObserver
+from lq.batches import model_inputs
+from lq.calibrators import parse_calibrators
+from lq.collector import RangeCollector, weight_candidates
+from lq.digest import DataDigest, model_digest
+from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
-from lq.surgery import quantized_layers, quantizers
+from lq.ranges import EACH, Range, Ranges
+from lq.scoring import Call, output_errors
 
 log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-_TARGETS = {"label", "labels", "target", "targets"}
-
-
-class RangeCollector:
-    """Collects the statistics of a model's quantizers while somebody else runs it.
-
-    ``start``, run some batches, ``finish``. Between ``pause`` and ``resume`` nothing is collected
-    (validation). Ranges are set only by ``finish``, all together, so a run that is interrupted
-    leaves the model as it was.
-
-    Args:
-        model: A quantized model.
-        calibrator: ``"max"`` or ``"percentile(p)"``.
-    """
-
-    def __init__(self, model: nn.Module, calibrator: str = "max") -> None:
-        self.model = model
-        self.calibrator = parse_calibrator(calibrator)
-        self.observers: dict[str, RangeObserver] = {}
-        self._modes = {name: q.mode for name, q in quantizers(model).items()}
-        if not self._modes:
-            raise ValueError(
-                "Expected a quantized model, but found no quantizers; call lq.quantize first."
-            )
-
-    def start(self) -> None:
-        """Begin to observe the inputs of all layers, the model running in float."""
-        for name, quantizer in quantizers(self.model).items():
-            if quantizer.spec.needs_scale and not name.endswith("weight_quantizer"):
-                self.observers[name] = self.calibrator.observer(quantizer.name)
-                quantizer.observer = self.observers[name]
-        self.resume()
-
-    def resume(self) -> None:
-        """Go on collecting."""
-        for name, quantizer in quantizers(self.model).items():
-            quantizer.mode = Mode.OBSERVE if name in self.observers else Mode.BYPASS
-
-    def pause(self) -> None:
-        """Stop collecting for a while; the model runs in float."""
-        set_mode(self.model, Mode.BYPASS)
-
-    def next_batch(self) -> None:
-        """Count a batch, for messages."""
-        for observer in self.observers.values():
-            observer.batch += 1
-
-    def abort(self) -> None:
-        """Stop collecting and put every quantizer into the mode it had."""
-        for name, quantizer in quantizers(self.model).items():
-            quantizer.observer = None
-            quantizer.mode = self._modes[name]
-
-    def finish(self) -> None:
-        """Set the ranges of all quantizers that saw data, and quantize from here on.
-
-        Raises:
-            RuntimeError: If no quantizer saw data, or a weight is not finite; the model is left
-                as it was before ``start``.
-        """
-        try:
-            ranges = self._input_ranges() | weight_ranges(self.model)
-        finally:
-            self.abort()
-        set_ranges(self.model, ranges)
-        set_mode(self.model, Mode.QUANTIZE)
-
-    def _input_ranges(self) -> dict[str, Tensor]:
-        found = quantizers(self.model)
-        ranges = {}
-        for name, observer in self.observers.items():
-            scale = found[name].scale
-            assert scale is not None
-            observer.synchronize(scale.device)
-            if observer.amax is not None:
-                ranges[name] = self.calibrator.amax(observer)
-        if self.observers and not ranges:
-            raise RuntimeError(
-                "Expected the batches to reach the quantized layers, but no quantizer saw data."
-            )
-        unseen = sorted(self.observers.keys() - ranges.keys())
-        if unseen:
-            log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
-        return ranges
-
-
-def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Put all quantizers of a model into one mode."""
-    for quantizer in quantizers(model).values():
-        quantizer.mode = mode
-
-
-@contextmanager
-def quantizer_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put all quantizers of a model into one mode for a while, then each as it was."""
-    modes = {q: q.mode for q in quantizers(model).values()}
-    set_mode(model, mode)
-    try:
-        yield
-    finally:
-        for quantizer, before in modes.items():
-            quantizer.mode = before
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients for a while, then each module as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def set_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
-    """Set the largest magnitudes of quantizers by their qualified names."""
-    found = quantizers(model)
-    for name, amax in ranges.items():
-        found[name].amax = amax
-
-
-def calibrate_weights(model: nn.Module) -> None:
-    """Set the ranges of all weights, which takes no data.
-
-    Raises:
-        RuntimeError: If a weight holds NaN or infinity, naming its layer.
-    """
-    set_ranges(model, weight_ranges(model))
-
-
-def weight_ranges(model: nn.Module) -> dict[str, Tensor]:
-    """Return the largest magnitudes of all quantized weights, by their quantizers' names.
-
-    Raises:
-        RuntimeError: If a weight holds NaN or infinity, naming its layer.
-    """
-    ranges = {}
-    for name, layer in quantized_layers(model).items():
-        quantizer, weight = layer.weight_quantizer, layer.weight
-        if quantizer.spec.needs_scale and isinstance(weight, Tensor):
-            amax = weight_amax(weight, quantizer.spec.axis)
-            if not bool(amax.isfinite().all()):
-                raise RuntimeError(f"Expected finite weights, but {name!r} has NaN or infinity.")
-            ranges[f"{name}.weight_quantizer" if name else "weight_quantizer"] = amax
-    return ranges
-
-
-def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with which a batch calls a model, on the model's device.
-
-    A tensor is the input; a sequence is inputs followed by the target, which is dropped; a
-    mapping gives keyword arguments, less labels that ``forward`` does not take.
-
-    Example:
-        >>> model_inputs(nn.Identity(), (torch.ones(2), torch.zeros(2)))[0]
-        (tensor([1., 1.]),)
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        taken = inspect.signature(model.forward).parameters
-        named = {k: v for k, v in batch.items() if k not in _TARGETS or k in taken}
-        return (), {k: _to(v, device) for k, v in named.items()}
-    if isinstance(batch, (list, tuple)):
-        if not batch:
-            raise ValueError("Expected a batch to hold an input, but got an empty sequence.")
-        inputs = batch[0] if len(batch) <= 2 else batch[:-1]
-        inputs = tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
-    else:
-        inputs = (batch,)
-    return tuple(_to(x, device) for x in inputs), {}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+TRIED, TRIED_PER_BATCH = 64, 16
+"""Samples that competing calibrators are tried on, and how many of a batch."""
 
 
 def calibrate(
-    model: ModuleT, batches: Iterable[Any], calibrator: str = "max", progress: bool = True
+    model: ModuleT,
+    batches: Iterable[Any],
+    calibrator: str = "max",
+    progress: bool = True,
+    cache: str | Path | None = None,
+    subsample: bool = True,
 ) -> ModuleT:
     """Find the ranges of a quantized model from a few batches.
 
     The model runs in float, in eval mode, without gradients; afterwards every module is in the
     mode it was and the quantizers quantize. Ranges are those of all ranks where training is
-    distributed.
+    distributed. With ``"auto"`` the ranges of all calibrators are tried, quantizer by quantizer,
+    and the one with the smallest error at the layer's output is chosen; if one calibrator for all
+    is better at the model's outputs, that one is taken. The table of errors is logged
+    (``find_ranges`` returns it).
 
     Args:
         model: A model that ``quantize`` has prepared.
         batches: Iterable of tensors, (input, target) pairs, or mappings of keyword arguments.
-        calibrator: ``"max"``, ``"percentile"`` or ``"percentile(99.9)"``.
+        calibrator: ``"max"``, ``"percentile"`` or ``"percentile(99.9)"``, ``"entropy"``,
+            ``"mse"``, or ``"auto"``.
         progress: Show a progress bar.
+        cache: JSON file of ranges: used if it was made with the same model, data and calibrator,
+            refused if with others, written if it is not there.
+        subsample: Of tensors of more than 2^18 elements, count the tail and an even sample.
 
     Returns:
         The same `model`.
 
     Raises:
-        ValueError: If `batches` is empty or the calibrator unknown.
+        ValueError: If `batches` is empty, the calibrator unknown, or the cache of something else.
         RuntimeError: If an activation or a weight is not finite, naming the layer.
 
     Example:
+        >>> import torch
         >>> from lq import quantize
         >>> model = quantize(nn.Sequential(nn.Linear(2, 2)), "tensorrt_int8")
         >>> _ = calibrate(model, [torch.tensor([[0.5, -1.27]])], progress=False)
         >>> model[0].input_quantizer
         Quantizer(int8, scale=0.01)
     """
-    collector = RangeCollector(model, calibrator)
-    count = 0
+    ranges = find_ranges(model, batches, calibrator, progress, cache, subsample)
+    log.info("Ranges found with %r:\n%s", calibrator, ranges.table())
+    return model
+
+
+def find_ranges(
+    model: nn.Module,
+    batches: Iterable[Any],
+    calibrator: str = "max",
+    progress: bool = True,
+    cache: str | Path | None = None,
+    subsample: bool = True,
+) -> Ranges:
+    """Do what ``calibrate`` does, and return the ranges with the error of every calibrator.
+
+    Example:
+        >>> import torch
+        >>> from lq import quantize
+        >>> model = quantize(nn.Sequential(nn.Linear(2, 2)), "tensorrt_int8")
+        >>> ranges = find_ranges(model, [torch.tensor([[0.5, -1.27]])], "auto", progress=False)
+        >>> round(float(ranges.found["0.input_quantizer"].amax), 2)
+        1.27
+    """
+    parse_calibrators(calibrator)
+    bar = tqdm(batches, "Calibrating", disable=not progress, leave=False)
+    if cache is not None and Path(cache).is_file():
+        return _from_cache(model, bar, calibrator, cache)
+    collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
+    tried: list[Call] = []
+    count = samples = 0
     try:
         collector.start()
         with eval_mode(model):
-            for batch in tqdm(batches, "Calibrating", disable=not progress, leave=False):
+            for batch in bar:
                 args, kwargs = model_inputs(model, batch)
                 model(*args, **kwargs)
                 collector.next_batch()
                 count += 1
-        if count == 0:
-            raise ValueError("Expected `batches` to hold at least one batch, but got none.")
+                if cache is not None:
+                    digest.add(args, kwargs)
+                if collector.must_score and samples < TRIED:
+                    tried.append((tuple(map(_few, args)), {k: _few(v) for k, v in kwargs.items()}))
+                    samples += _size([*tried[-1][0], *tried[-1][1].values()])
+            if count == 0:
+                raise ValueError("Expected `batches` to hold at least one batch, but got none.")
+            if collector.must_score:
+                collector.start_scoring()
+                for args, kwargs in tqdm(tried, "Comparing", disable=not progress, leave=False):
+                    model(*args, **kwargs)
+            ranges = collector.finish()
+            if tried:
+                ranges = _best_for_the_whole(model, {EACH: ranges} | collector.rivals(), tried)
     except BaseException:
         collector.abort()
         raise
-    collector.finish()
-    return model
+    if cache is not None:
+        ranges = dataclasses.replace(
+            ranges, model=model_digest(model), data=digest.hexdigest(), calibrator=calibrator
+        )
+        ranges.save(cache)
+    return ranges
+
+
+def _best_for_the_whole(model: nn.Module, rivals: dict[str, Ranges], tried: list[Call]) -> Ranges:
+    """Return the ranges with the smallest error at the model's outputs, and set them.
+
+    What is best for each layer alone is not always best together: clipping errors add up.
+    """
+    outputs = output_errors(model, rivals, tried)
+    best, each = rivals[min(outputs, key=outputs.__getitem__)], rivals[EACH]
+    found = {
+        name: dataclasses.replace(r, errors=each.found[name].errors)
+        for name, r in best.found.items()
+    }
+    ranges = dataclasses.replace(each, found=found, outputs=outputs)
+    ranges.apply(model)
+    return ranges
+
+
+def _from_cache(
+    model: nn.Module, batches: Iterable[Any], calibrator: str, cache: str | Path
+) -> Ranges:
+    """Return the ranges in a file, after making sure that they are of this model and these data."""
+    ranges, digest = Ranges.load(cache), DataDigest()
+    for batch in batches:
+        digest.add(*model_inputs(model, batch))
+    ranges.check(cache, model_digest(model), digest.hexdigest(), calibrator)
+    ranges.apply(model)
+    set_mode(model, Mode.QUANTIZE)
+    return ranges
+
+
+def _few(value: Any) -> Any:
+    """Return a copy of the first samples of a tensor."""
+    if isinstance(value, Tensor) and value.dim():
+        return value[:TRIED_PER_BATCH].clone()
+    return value
+
+
+def _size(values: list[Any]) -> int:
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def calibrate_weights(model: nn.Module) -> None:
+    """Set the ranges of all weights to their largest magnitudes, which takes no data.
+
+    Raises:
+        RuntimeError: If a weight holds NaN or infinity, naming its layer.
+    """
+    found = {name: Range(by["max"], "max") for name, by in weight_candidates(model).items()}
+    Ranges(found).apply(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):
+        reason = "nothing that torch.save wrote"  # torch itself advises to unpickle it after all
+    else:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"Expected {str(path)!r} to be a checkpoint, but it cannot be read: {reason}"
 
 

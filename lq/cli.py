@@ -6,16 +6,19 @@ import os
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lq
+from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
+from lq.messages import one_line
 from lq.module import QuantModule
 
 KEYWORDS = ("best", "last", "hpc")
@@ -23,7 +26,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also export."""
+    """Lightning's Trainer, which can also calibrate and export."""
 
     def export(
         self,
@@ -48,12 +51,7 @@ class Trainer(L.Trainer):
         """
         if ckpt_path is None:
             raise ValueError("Expected a checkpoint to export; give one with --ckpt_path.")
-        model.configure_model()
-        model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        self.datamodule = datamodule
-        samples = list(islice(calibration_batches(self), batches))
+        samples = self._prepared(model, datamodule, ckpt_path, batches)
         report = export_onnx(
             target_module(model, None), samples[0], path, target=target, batches=samples
         )
@@ -67,14 +65,65 @@ class Trainer(L.Trainer):
                 f"{info.compute_capability}, {info.builder}"
             )
 
+    def calibrate(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None = None,
+        calibrator: str = "auto",
+        batches: int = 16,
+        cache: str = "ranges.json",
+    ) -> None:
+        """Find the ranges of a model, print how they were chosen, and keep them in a JSON file.
+
+        The Calibration callback takes them from there (`cache`), as long as model and data are the
+        same.
+
+        Args:
+            model: The module to calibrate.
+            datamodule: Gives the batches.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            calibrator: max, percentile, percentile(99.9), entropy, mse, or auto: all of them are
+                tried, and the best is taken for each quantizer.
+            batches: How many batches to look at.
+            cache: File of the ranges. Used if it is of the same model and data, refused if of
+                others.
+        """
+        samples = self._prepared(model, datamodule, ckpt_path, batches)
+        print(find_ranges(target_module(model, None), samples, calibrator, cache=cache).table())
+        print(f"Ranges: {cache}")
+
+    def _prepared(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None,
+        batches: int,
+    ) -> list[Any]:
+        """Configure a module, give it a checkpoint's weights, and return batches of data."""
+        model.configure_model()
+        if ckpt_path is not None:
+            model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        self.datamodule = datamodule
+        samples = list(islice(calibration_batches(self), max(batches, 0)))
+        if not samples:
+            raise ValueError(
+                "Expected `batches` to be at least 1, but got none; give another --batches or "
+                "other data."
+            )
+        return samples
+
 
 class CLI(LightningCLI):
-    """Lightning's CLI for ``QuantModule`` and any data module, with ``lq export``."""
+    """Lightning's CLI for ``QuantModule`` and any data module, and two commands more."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, with the arguments that the CLI fills in itself."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "export")}
+        return {**LightningCLI.subcommands(), **own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and read the checkpoint before anything is built on it."""
@@ -82,7 +131,7 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path and path not in KEYWORDS:
-            if "pytorch-lightning_version" not in read_checkpoint(path):
+            if not {"pytorch-lightning_version", "state_dict"} <= read_checkpoint(path).keys():
                 raise ValueError(
                     f"Expected {path!r} to be a checkpoint of a fit, but it holds weights only; "
                     "give them with --model.weights."
@@ -111,18 +160,11 @@ def main(args: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True, "config_filename": "lq_config.yaml"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "lq", "description": lq.__doc__},
+            parser_kwargs={"prog": "lq", "description": lq.__doc__, "exit_on_error": False},
             args=args,
         )
     except Exception as error:
         if os.environ.get("LQ_TRACEBACK") == "1":
             raise
-        print(f"lq: error: {_one_line(error)}", file=sys.stderr)
+        print(f"lq: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def _one_line(error: Exception) -> str:
-    """Return what an error says, of a list of attempts the one that failed for a reason."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    reasons = [line[2:] for line in lines if line.startswith("- ") and "<class" not in line]
-    return reasons[0] if reasons else " ".join(lines[:2]) or type(error).__name__

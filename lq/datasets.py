@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import hashlib
 import pickle
 import struct
 import zlib
@@ -146,6 +147,25 @@ class FolderImages(ImageDataset):
             )
         self.transform, self.train_transform = transform, train_transform
 
+    def copies_in(self, other: FolderImages, indices: Sequence[int]) -> list[int]:
+        """Return those of some images whose files another folder holds too, byte for byte.
+
+        Only files of a size that occurs on both sides are read.
+        """
+        mine = [Path(self.samples[i][0]) for i in indices]
+        sizes = {path.stat().st_size for path in mine}
+        theirs = {
+            _file_digest(path)
+            for path in (Path(path) for path, _ in other.samples)
+            if path.stat().st_size in sizes
+        }
+        return [i for i, path in zip(indices, mine, strict=True) if _file_digest(path) in theirs]
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64 ``[N]``, without reading an image."""
+        return torch.tensor([label for _, label in self.samples])
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -158,6 +178,10 @@ class FolderImages(ImageDataset):
         other = copy.copy(self)
         other.transform = self.train_transform
         return other
+
+
+def _file_digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lq.calibration import model_inputs
+from lq.batches import model_inputs
 from lq.engines import Runner, open_engine
 from lq.engines.torch_runner import TorchRunner
 

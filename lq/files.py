@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_file_path(path: str | Path) -> None:
+    """Raise a ``ValueError`` where no file can be written because a directory is there."""
+    if Path(path).is_dir():
+        raise ValueError(f"Expected a path to a file, but {str(path)!r} is a directory.")
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` if all went well.
@@ -25,8 +31,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         'done'
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"Expected a path to a file, but {str(path)!r} is a directory.")
+    check_file_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

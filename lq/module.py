@@ -114,7 +114,10 @@ class QuantModule(L.LightningModule):
         loss = F.cross_entropy(logits, target)
         training = stage == "train"
         if not training and not loss.isfinite():
-            raise ValueError(f"Expected a finite loss, but the {stage} images give {loss:.3g}.")
+            raise ValueError(
+                f"Expected a finite loss, but the {stage} images give {loss:.3g}; look at them "
+                "and at the starting weights."
+            )
         self.log(
             f"{stage}/loss",
             loss,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-BINS = 4096
-"""Bins of a histogram of magnitudes."""
-_EXACT = 2**24
-"""histc counts in float32, which is exact up to here."""
+from lq.histogram import BINS, Histogram, bin_index, count
+
+BLOCK = 64
+"""Neighbours in memory that are sampled together."""
+SAMPLE = 2**18
+"""Elements of a tensor that are counted one by one; of larger ones, blocks at equal distances."""
+TAIL = 0.05
+"""Share of the blocks, those of the largest peaks, that are searched for the tail."""
 
 
 class RangeObserver:
@@ -33,11 +35,12 @@ class RangeObserver:
         Raises:
             RuntimeError: If it holds NaN or infinity.
         """
-        if x.numel() == 0:
-            return
-        x = x.detach()
-        low, high = torch.aminmax(x)
-        amax = torch.maximum(-low, high).float()
+        if x.numel() > 0:
+            low, high = torch.aminmax(x.detach())
+            self._note(torch.maximum(-low, high))
+
+    def _note(self, amax: Tensor) -> None:
+        amax = amax.float().abs()  # not -0
         if not amax.isfinite():
             raise RuntimeError(
                 f"Expected finite activations, but {self.name!r} got NaN or infinity in batch "
@@ -58,70 +61,75 @@ class RangeObserver:
 class HistogramObserver(RangeObserver):
     """Keeps a histogram of magnitudes besides the largest, in constant memory.
 
-    ``counts[i]`` is how many ``|x|`` fell in ``[i, i + 1) * limit / BINS``. The limit is a power
-    of two and doubles when a larger magnitude comes, merging bins; so histograms of two halves of
-    the data add up to exactly that of the whole.
+    Of a tensor of more than `sample` elements the tail is counted in full, and of the rest one
+    block in so many, its counts multiplied by as many. Counts are sums, so those of two halves
+    of the data, or of two ranks, add up to exactly those of the whole.
+
+    Args:
+        name: Whose input is observed, for messages.
+        sample: Elements of a tensor that are counted; ``None`` counts all.
 
     Attributes:
-        counts: int64 ``[BINS]``.
-        limit: Upper edge of the last bin.
+        counts: int64 ``[BINS]`` (see ``lq.histogram``); ``None`` before the first tensor.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, sample: int | None = SAMPLE) -> None:
         super().__init__(name)
+        self.sample = sample
         self.counts: Tensor | None = None
-        self.limit = 0.0
+
+    @property
+    def histogram(self) -> Histogram:
+        """What was observed."""
+        assert self.counts is not None
+        assert self.amax is not None
+        return Histogram(self.counts, self.amax)
 
     def observe(self, x: Tensor) -> None:
-        """Take note of one tensor."""
-        super().observe(x)
-        if self.amax is None or x.numel() == 0:
-            return
-        self._grow(_power_of_two_above(self.amax.item()), x.device)
-        assert self.counts is not None
-        shares = (x.detach().float().abs().flatten() * (1 / self.limit)).clamp_max_(1.0)
-        for part in torch.split(shares, _EXACT):
-            self.counts += torch.histc(part, BINS, 0, 1).long()
+        """Take note of one tensor.
 
-    def _grow(self, limit: float, device: torch.device) -> None:
-        if self.counts is None:
-            self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
-            self.limit = limit
-        if limit > self.limit:
-            self.counts = merge_bins(self.counts, limit / self.limit)
-            self.limit = limit
+        Raises:
+            RuntimeError: If it holds NaN or infinity.
+        """
+        if x.numel() == 0:
+            return
+        values = in_memory_order(x.detach())
+        if self.sample is None or values.numel() <= self.sample:
+            super().observe(values)
+            counts = count(values)
+        else:
+            whole = values.numel() // BLOCK * BLOCK
+            blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
+            peaks = torch.maximum(blocks.amax(1), -blocks.amin(1))
+            super().observe(rest)
+            self._note(peaks.amax())
+            counts = _count_sampled(blocks, peaks, -(-values.numel() // self.sample)) + count(rest)
+        self.counts = counts if self.counts is None else self.counts.add_(counts)
 
     def synchronize(self, device: torch.device) -> None:
         """Merge the statistics of all ranks into each."""
         super().synchronize(device)
         if _world_size() == 1 or self.amax is None:
             return
-        self._grow(_power_of_two_above(self.amax.item()), device)
-        assert self.counts is not None
+        if self.counts is None:
+            self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(self.counts)
 
 
-def merge_bins(counts: Tensor, factor: float) -> Tensor:
-    """Return a histogram of the same length over a range `factor` (a power of two) times as wide.
-
-    Example:
-        >>> merge_bins(torch.tensor([1, 2, 3, 4]), 2.0)
-        tensor([3, 7, 0, 0])
-    """
-    bins = counts.numel()
-    merged = torch.zeros_like(counts)
-    if factor >= bins:
-        merged[0] = counts.sum()
-    else:
-        width = int(factor)
-        merged[: bins // width] = counts.view(-1, width).sum(1)
-    return merged
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements ``[N]`` in the order they lie in memory, without a copy where dense."""
+    order = sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
+    return x.permute(order).reshape(-1)
 
 
-def _power_of_two_above(value: float) -> float:
-    """Return the smallest power of two above `value`, at least 2^-100."""
-    exponent = math.frexp(value)[1] if value else -100
-    return 2.0 ** max(exponent, -100)
+def _count_sampled(blocks: Tensor, peaks: Tensor, every: int) -> Tensor:
+    """Count one block in `every`, but everything in the bins of the highest peaks."""
+    peak_bins = bin_index(peaks)
+    reached = torch.bincount(peak_bins, minlength=BINS).cumsum(0)
+    cut = int(torch.searchsorted(reached, int((1 - TAIL) * len(peaks)))) + 1
+    counts = count(blocks[::every]) * every
+    counts[cut:] = count(blocks[peak_bins >= cut])[cut:]
+    return counts
 
 
 def _world_size() -> int:

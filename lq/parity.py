@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.calibration import eval_mode, model_inputs, quantizer_mode
-from lq.engines.base import tensors
+from lq.batches import model_inputs, tensors
 from lq.layer_parity import CutGraph, LayerParity, Recorder
+from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 
 MIN_SQNR_DB = 15.0

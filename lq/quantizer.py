@@ -124,12 +124,15 @@ class Quantizer(nn.Module):
             self.scale.copy_(amax_to_scale(amax, self.spec.qmax))
         self._calibrated = True
 
+    def restore(self, scale: Tensor | float) -> None:
+        """Set the scale as it was before, NaN where it was not known."""
+        if self.scale is not None:
+            self.scale.data.copy_(torch.as_tensor(scale))
+            self._calibrated = False  # as far as is known; it is looked at when needed
+
     def reset_parameters(self) -> None:
         """Forget the range; called by name where modules made on the meta device come to life."""
-        if self.scale is not None:
-            with torch.no_grad():
-                self.scale.fill_(torch.nan)
-            self._calibrated = False
+        self.restore(torch.nan)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

@@ -59,6 +59,28 @@ def test_fit_test_predict_export(capsys):
     assert Path("out/digits.engine.json").is_file()
 
 
+def test_calibrate_keeps_ranges_for_the_callback(capsys):
+    settings = config()
+    torch.manual_seed(0)
+    torch.save(digits_cnn().state_dict(), "float.pth")
+    weights = "--model.weights=float.pth"
+    cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
+    cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
+    first, second = capsys.readouterr().out.split("Ranges: out/ranges.json\n")[:2]
+    assert "calibrator  dB: max" in first
+    assert first[first.index("quantizer") :] == second[second.index("quantizer") :]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["calibrate", *settings, weights, "--batches=3", "--cache=out/ranges.json"])
+    assert exit.value.code == 2
+    assert "same data" in capsys.readouterr().err
+    callback = {"batches": 2, "calibrator": "auto", "cache": "out/ranges.json"}
+    settings = config(
+        trainer__callbacks=[{"class_path": "lq.callbacks.Calibration", "init_args": callback}]
+    )
+    cli.main(["validate", *settings, weights])
+    assert "val/top1" in capsys.readouterr().out
+
+
 def test_export_again_with_other_settings(capsys):
     settings = config()
     cli.main(["fit", *settings])
@@ -80,7 +102,10 @@ def fails(capsys, arguments):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    return error
+    assert "usage:" not in error
+    line = error.splitlines()[-1]
+    assert line.startswith("lq: error: ")
+    return line
 
 
 @pytest.mark.parametrize(
@@ -98,6 +123,19 @@ def fails(capsys, arguments):
         pytest.param({"model__weights": "no.ckpt"}, "no.ckpt", id="weights"),
         pytest.param({"trainer__max_epoch": 3}, "max_epoch", id="trainer key"),
         pytest.param({"data__class_path": "lq.data.DigitDataModule"}, "DigitDataModule", id="data"),
+        pytest.param(
+            {"trainer__callbacks": [{"class_path": "lq.callbacks.Exprot"}]}, "Exprot", id="callback"
+        ),
+        pytest.param(
+            {
+                "trainer__callbacks": [
+                    {"class_path": "lq.callbacks.Calibration", "init_args": {"batchs": 3}}
+                ]
+            },
+            "'batchs' is not accepted",
+            id="callback key",
+        ),
+        pytest.param({"model__optimizer": "Addam"}, "Addam", id="optimizer"),
         pytest.param({"data__init_args": {"batch_size": 0}}, "batch_size", id="batch of zero"),
         pytest.param(
             {"data__class_path": "lq.data.CIFAR10DataModule"}, "download=True", id="no images"
@@ -118,12 +156,72 @@ def pickled(path):
     torch.save({"state_dict": {}, "model": digits_cnn()}, path)
 
 
-@pytest.mark.parametrize("write", [lambda path: None, corrupt, pickled])
-@pytest.mark.parametrize("command", ["test", "export"])
-def test_bad_checkpoints(write, command, capsys):
+def cut_short(path):
+    torch.save({"state_dict": digits_cnn().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def without_weights(path):
+    torch.save({"pytorch-lightning_version": "2.6.0"}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "match"),
+    [
+        (lambda path: None, "there is no file"),
+        (corrupt, "nothing that torch.save wrote"),
+        (Path.touch, "nothing that torch.save wrote"),
+        (cut_short, "cannot be read"),
+        (pickled, "pickled objects"),
+        (without_weights, "checkpoint of a fit"),
+    ],
+    ids=["missing", "corrupt", "empty", "cut short", "pickled", "without weights"],
+)
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+def test_bad_checkpoints(write, match, command, capsys):
     write(Path("bad.ckpt"))
     error = fails(capsys, [command, *config(), "--ckpt_path=bad.ckpt"])
-    assert "bad.ckpt" in error or "weights_only" in error
+    assert "'bad.ckpt'" in error
+    assert match in error
+    assert not list(Path().glob("*.onnx"))
+
+
+def test_a_checkpoint_of_another_model(capsys):
+    weights = {"pytorch-lightning_version": "2.6.0", "state_dict": {"weight": torch.ones(1)}}
+    torch.save(weights, "other.ckpt")
+    for command in ("test", "export"):
+        error = fails(capsys, [command, *config(), "--ckpt_path=other.ckpt"])
+        assert "Missing key" in error
+        assert len(error) < 500
+
+
+def test_a_damaged_image_in_a_worker(capsys):
+    for name in ("train/cat/1.png", "val/cat/1.png"):
+        image = Path("images", name)
+        image.parent.mkdir(parents=True)
+        image.write_bytes(b"no image")
+    data = {"class_path": "lq.data.ImageFolderDataModule", "init_args": {"root": "images"}}
+    error = fails(capsys, ["validate", *config(), f"--data={data}", "--data.num_workers=1"])
+    assert "Expected 'images/val/cat/1.png' to be an image" in error
+
+
+def test_what_export_refuses_before_a_fit(capsys):
+    Path("out.onnx").mkdir()
+    for arguments, match in (
+        ("path: out.onnx", "is a directory"),
+        ("path: a, batches: 0", "least 1"),
+    ):
+        callback = f"{{class_path: lq.callbacks.Export, init_args: {{{arguments}}}}}"
+        error = fails(capsys, ["fit", *config(), f"--trainer.callbacks+={callback}"])
+        assert match in error
+        assert not Path("ckpt").exists()
+
+
+def test_export_of_no_batches(capsys):
+    settings = config()
+    cli.main(["fit", *settings])
+    arguments = ["export", *settings, "--ckpt_path=ckpt/last.ckpt", "--batches=0"]
+    assert "at least 1" in fails(capsys, arguments)
     assert not list(Path().glob("*.onnx"))
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ FACTORIES = {
     "resnet20_cifar10": ("lq.models.resnet20", {}),
 }
 SHORT = {
-    "fit": ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"],
+    "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
 }
 
@@ -54,36 +55,68 @@ def cifar10(root: Path) -> Path:
     return root
 
 
-def others() -> list[Path]:
-    return sorted(p for p in CONFIGS.glob("*.yaml") if p.stem != "quickstart")
+class Crash(L.Callback):
+    """Ends a fit in its third epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 2:
+            raise RuntimeError("crashed")
 
 
-@pytest.mark.parametrize("path", others(), ids=lambda p: p.stem)
-def test_config(path: Path, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def configs(*kinds: str) -> list[Path]:
+    return sorted(p for p in CONFIGS.glob("*.yaml") if p.stem.rsplit("_")[-1] in kinds)
+
+
+def prepared(path: Path, folder: Path) -> list[str]:
+    """The command of a config, cut short, with weights and images for it in `folder`."""
+    arguments = command(path)
+    quick = [*SHORT[arguments[0]], "--trainer.accelerator=cpu", "--data.batch_size=4"]
+    arguments += [*quick, "--trainer.enable_progress_bar=false"]
+    if path.stem == "quickstart":
+        return arguments
     name, kind = path.stem.rsplit("_", 1)
-    factory, arguments = FACTORIES[name]
-    start = Path(f"runs/{name}_float/last.ckpt")
+    factory, factory_arguments = FACTORIES[name]
     if kind != "float":
         torch.manual_seed(0)
-        weights = create_model(factory, **arguments).state_dict()
+        weights = create_model(factory, **factory_arguments).state_dict()
+        start = folder / f"runs/{name}_float/last.ckpt"
         start.parent.mkdir(parents=True)
         torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, start)
     if "cifar" in name:
-        data = [f"--data.root={cifar10(tmp_path / 'data')}", "--data.val_size=10"]
-    else:
-        root = image_folder(tmp_path / "data")
-        data = [f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
-    arguments = command(path)
-    quick = [*SHORT[arguments[0]], "--trainer.accelerator=cpu", "--data.batch_size=4"]
-    cli.main([*arguments, *quick, "--trainer.enable_progress_bar=false", *data])
+        return [*arguments, f"--data.root={cifar10(folder / 'data')}", "--data.val_size=10"]
+    root = image_folder(folder / "data")
+    return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
+
+
+@pytest.mark.parametrize("path", configs("float", "ptq", "qat"), ids=lambda p: p.stem)
+def test_config(path: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = prepared(path, tmp_path)
+    cli.main([*arguments, *["--trainer.max_epochs=1"] * (arguments[0] == "fit")])
     produced = {p.name for p in Path(f"runs/{path.stem}").iterdir()}
+    exported = {"model.onnx", "model.engine", "model.engine.json"}
     expected = {
         "float": {"last.ckpt", "best.ckpt"},
-        "ptq": {"model.onnx", "model.engine", "model.engine.json"},
-        "qat": {"last.ckpt", "best.ckpt", "model.onnx", "model.engine", "model.engine.json"},
+        "ptq": {"last.ckpt", *exported},
+        "qat": {"last.ckpt", "best.ckpt", *exported},
     }
-    assert expected[kind] <= produced
+    assert expected[path.stem.rsplit("_", 1)[1]] <= produced
+
+
+@pytest.mark.parametrize("path", configs("float", "qat", "quickstart"), ids=lambda p: p.stem)
+def test_crashed_fit_resumes_from_its_last_epoch(path: Path, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = prepared(path, tmp_path)
+    epochs = 15 if path.stem == "quickstart" else 3
+    arguments.append(f"--trainer.max_epochs={epochs}")
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--trainer.callbacks+=tests.test_configs.Crash"])
+    assert "lq: error: crashed" in capsys.readouterr().err
+    last = Path(f"runs/{path.stem}/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    cli.main([*arguments, f"--ckpt_path={last}"])
+    assert torch.load(last, weights_only=True)["epoch"] == epochs - 1
+    assert len(list(last.parent.glob("last*.ckpt"))) == 1
 
 
 def test_quickstart_reaches_what_it_promises(tmp_path, monkeypatch, capsys) -> None:

@@ -9,14 +9,19 @@ from lq.data.published import (
     FashionMNISTDataModule,
     PublishedDataModule,
 )
+from lq.data.report import CalibrationReport
+from lq.data.subset import CalibrationSubset, calibration_subset
 
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CalibrationReport",
+    "CalibrationSubset",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "PublishedDataModule",
     "SyntheticDataModule",
+    "calibration_subset",
 ]

@@ -6,9 +6,9 @@ import logging
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from lq.data.subset import CalibrationSubset, calibration_subset, check_strategy
 from lq.datasets import ImageDataset, Sample
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: Images in a batch.
         num_workers: Processes that load images; 0 loads them in the main process.
         calibration_size: How many training images calibration sees.
+        calibration_strategy: How they are chosen: ``random``, ``stratified`` (each class in its
+            share) or ``coverage`` (as different from each other as can be).
         seed: Fixes the splits and the calibration images.
 
     Attributes:
@@ -42,14 +44,18 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 0,
         calibration_size: int = 256,
         seed: int = 0,
+        calibration_strategy: str = "random",
     ) -> None:
         super().__init__()
         at_least("batch_size", batch_size, 1)
         at_least("num_workers", num_workers, 0)
         at_least("calibration_size", calibration_size, 1)
         self.batch_size, self.num_workers = batch_size, num_workers
+        check_strategy(calibration_strategy)
         self.calibration_size, self.seed = calibration_size, seed
+        self.calibration_strategy = calibration_strategy
         self._datasets: dict[str, ImageDataset] = {}
+        self._calibration: CalibrationSubset | None = None
         self.save_hyperparameters()
 
     @property
@@ -100,12 +106,36 @@ class ImageDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[Sample]:
-        """Return `calibration_size` training images, not augmented, always the same ones."""
-        images = self.dataset("train")
-        if len(images) < self.calibration_size:
-            log.warning("Calibration sees all %d training images of %s.", len(images), self.name)
-        chosen = seeded_order(len(images), self.seed)[: self.calibration_size]
-        return self._loader(Subset(images, chosen.tolist()))
+        """Return `calibration_size` training images, not augmented, always the same ones.
+
+        ``calibration_dataloader().dataset.report()`` tells what they look like.
+        """
+        return self._loader(self.calibration_dataset())
+
+    def calibration_dataset(self) -> CalibrationSubset:
+        """Return the images of ``calibration_dataloader``, chosen once."""
+        if self._calibration is None:
+            images = self.dataset("train")
+            if len(images) < self.calibration_size:
+                log.warning(
+                    "Calibration sees all %d training images of %s.", len(images), self.name
+                )
+            chosen = calibration_subset(
+                images,
+                min(self.calibration_size, len(images)),
+                self.calibration_strategy,
+                self.seed,
+                num_workers=self.num_workers,
+            )
+            self.refuse_held_out(chosen)
+            self._calibration = chosen
+        return self._calibration
+
+    def refuse_held_out(self, chosen: CalibrationSubset) -> None:
+        """Raise a ``ValueError`` if calibration images are validated or tested on too.
+
+        Splits that are parts of one data set share none; those that are stored apart may.
+        """
 
     def _loader(self, images: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
         return DataLoader(
@@ -122,8 +152,3 @@ def at_least(name: str, value: int, least: int) -> None:
     """Raise a ``ValueError`` for a number that is too small."""
     if value < least:
         raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
-
-
-def seeded_order(count: int, seed: int) -> Tensor:
-    """Return ``0 ... count - 1`` in an order that `seed` alone fixes."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

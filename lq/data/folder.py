@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lq.data.base import ImageDataModule, at_least
+from lq.data.subset import CalibrationSubset
 from lq.datasets import IMAGENET_MEAN, IMAGENET_STD, FolderImages, Transform, class_folders
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,23 @@ class ImageFolderDataModule(ImageDataModule):
             log.info("%s has no test folder; its val images are the test images.", self.name)
             folder = Path(self.root, "val")
         return FolderImages(folder, self.classes, self._transform(False), self._transform(True))
+
+    def refuse_held_out(self, chosen: CalibrationSubset) -> None:
+        """Raise a ``ValueError`` if files of calibration images lie in ``val`` or ``test`` too."""
+        images = self.dataset("train")
+        assert isinstance(images, FolderImages)
+        for split in ("val", "test"):
+            folder = Path(self.root, split)
+            if not folder.is_dir():
+                continue
+            others = self.dataset(split)
+            assert isinstance(others, FolderImages)
+            if copies := images.copies_in(others, chosen.indices):
+                raise ValueError(
+                    f"Expected the calibration images not to be in {str(folder)!r}, but "
+                    f"{len(copies)} of {len(chosen)} are, the first as "
+                    f"{images.samples[copies[0]][0]!r}; remove the copies."
+                )
 
     def _transform(self, train: bool) -> Transform:
         from torchvision.transforms import v2

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lq.data.base import ImageDataModule, at_least, seeded_order
+from lq.data.base import ImageDataModule, at_least
+from lq.data.strategies import seeded_order
 from lq.datasets import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,23 +29,6 @@ class Runner(ABC):
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return all outputs for one batch of inputs, on the CPU or where the engine left them."""
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Return the tensors in a model's output, in order.
-
-    Example:
-        >>> import torch
-        >>> len(tensors({"out": torch.ones(1), "aux": [torch.ones(1)]}))
-        2
-    """
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for part in output for tensor in tensors(part)]
-    return []
 
 
 def bind_inputs(

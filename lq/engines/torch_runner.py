@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lq.calibration import eval_mode
-from lq.engines.base import Runner, tensors
+from lq.batches import tensors
+from lq.engines.base import Runner
+from lq.modes import eval_mode
 from lq.quantizer import Mode
 from lq.surgery import quantizers
 

@@ -17,11 +17,12 @@ from onnxscript import opset18 as op
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
-from lq.calibration import eval_mode, model_inputs, quantizer_mode
+from lq.batches import model_inputs
 from lq.export import passes
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
+from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 from lq.surgery import quantized_layers
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from lq.calibration import eval_mode, model_inputs
+from lq.batches import model_inputs
+from lq.modes import eval_mode
 from lq.repairs.norms import live_norms
 from lq.repairs.running import check_ready
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from lq.calibration import quantizer_mode
 from lq.functional import sqnr_db
+from lq.modes import quantizer_mode
 from lq.quantizer import Mode
 from lq.repairs.running import check_ready, outputs
 from lq.surgery import quantized_layers

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lq.calibration import eval_mode, model_inputs, set_mode
+from lq.batches import model_inputs
+from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.surgery import is_calibrated, quantized_layers
 

@@ -1,0 +1,57 @@
+"""What a batch of data means to a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TARGETS = {"label", "labels", "target", "targets"}
+
+
+def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with which a batch calls a model, on the model's device.
+
+    A tensor is the input; a sequence is inputs followed by the target, which is dropped; a
+    mapping gives keyword arguments, less labels that ``forward`` does not take.
+
+    Example:
+        >>> model_inputs(nn.Identity(), (torch.ones(2), torch.zeros(2)))[0]
+        (tensor([1., 1.]),)
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        named = {k: v for k, v in batch.items() if k not in _TARGETS or k in taken}
+        return (), {k: _to(v, device) for k, v in named.items()}
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise ValueError("Expected a batch to hold an input, but got an empty sequence.")
+        inputs = batch[0] if len(batch) <= 2 else batch[:-1]
+        inputs = tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)
+    else:
+        inputs = (batch,)
+    return tuple(_to(x, device) for x in inputs), {}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in a model's output, in order.
+
+    Example:
+        >>> len(tensors({"out": torch.ones(1), "aux": [torch.ones(1)]}))
+        2
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for part in output for tensor in tensors(part)]
+    return []

@@ -1,0 +1,185 @@
+"""Finds the ranges of a model's quantizers while somebody else runs the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from lq.calibrators import parse_calibrators
+from lq.calibrators.weights import WEIGHT_CALIBRATORS
+from lq.modes import set_mode
+from lq.observers import HistogramObserver, RangeObserver
+from lq.quantizer import Mode
+from lq.ranges import Range, Ranges
+from lq.scoring import RangeScorer
+from lq.surgery import quantized_layers, quantizers
+
+log = logging.getLogger(__name__)
+Candidates = dict[str, dict[str, Tensor]]
+"""Quantizer -> calibrator -> range."""
+
+
+class RangeCollector:
+    """Collects the statistics of a model's quantizers while somebody else runs it.
+
+    ``start``, run some batches, ``finish``; where calibrators compete (``"auto"``), run some more
+    between ``start_scoring`` and ``finish``. Between ``pause`` and ``resume`` nothing is collected
+    (validation). Ranges are set only by ``finish``, all together, so a run that is interrupted
+    leaves the model as it was.
+
+    Args:
+        model: A quantized model.
+        calibrator: ``"max"``, ``"percentile(p)"``, ``"entropy"``, ``"mse"`` or ``"auto"``.
+        subsample: Count a part of each large tensor only (see ``HistogramObserver``).
+    """
+
+    def __init__(self, model: nn.Module, calibrator: str = "max", subsample: bool = True) -> None:
+        self.model = model
+        self.calibrators = parse_calibrators(calibrator)
+        self.subsample = subsample
+        self.observers: dict[str, RangeObserver] = {}
+        self._candidates: Candidates = {}
+        self._scorer: RangeScorer | None = None
+        self._before = {
+            name: (q.mode, None if q.scale is None else q.scale.detach().clone())
+            for name, q in quantizers(model).items()
+        }
+        if not self._before:
+            raise ValueError(
+                "Expected a quantized model, but found no quantizers; call lq.quantize first."
+            )
+
+    @property
+    def must_score(self) -> bool:
+        """Whether calibrators compete and none has been tried yet."""
+        return len(self.calibrators) > 1 and self._scorer is None
+
+    def start(self) -> None:
+        """Begin to observe the inputs of all layers, the model running in float."""
+        for name, quantizer in quantizers(self.model).items():
+            if quantizer.spec.needs_scale and not name.endswith("weight_quantizer"):
+                self.observers[name] = quantizer.observer = self._observer(quantizer.name)
+        self.resume()
+
+    def _observer(self, name: str) -> RangeObserver:
+        if all(calibrator.observer is RangeObserver for calibrator in self.calibrators):
+            return RangeObserver(name)
+        return HistogramObserver(name) if self.subsample else HistogramObserver(name, sample=None)
+
+    def resume(self) -> None:
+        """Go on collecting."""
+        observing = self.observers if self._scorer is None else {}
+        for name, quantizer in quantizers(self.model).items():
+            quantizer.mode = Mode.OBSERVE if name in observing else Mode.BYPASS
+        if self._scorer is not None:
+            self._scorer.active = True
+
+    def pause(self) -> None:
+        """Stop collecting for a while; the model runs in float."""
+        set_mode(self.model, Mode.BYPASS)
+        if self._scorer is not None:
+            self._scorer.active = False
+
+    def next_batch(self) -> None:
+        """Count a batch, for messages."""
+        for observer in self.observers.values():
+            observer.batch += 1
+
+    def start_scoring(self) -> None:
+        """Go over from collecting to trying what the calibrators make of it."""
+        self._candidates = self._all_candidates()
+        self._scorer = RangeScorer(self.model, self._candidates)
+        self.resume()
+
+    def abort(self) -> None:
+        """Stop collecting, and give every quantizer the mode and the scale it had."""
+        if self._scorer is not None:
+            self._scorer.stop()
+        for name, quantizer in quantizers(self.model).items():
+            quantizer.observer = None
+            quantizer.mode, scale = self._before[name]
+            if scale is not None:
+                quantizer.restore(scale)
+
+    def finish(self) -> Ranges:
+        """Set the ranges of all quantizers that saw data, and quantize from here on.
+
+        Returns:
+            The ranges, and how they were chosen.
+
+        Raises:
+            RuntimeError: If no quantizer saw data, or a weight is not finite; the model is left
+                as it was before ``start``.
+        """
+        try:
+            if self.must_score:
+                log.warning("No batch was left to try the calibrators on; ranges are those of mse.")
+            candidates = self._candidates if self._scorer else self._all_candidates()
+            errors = self._scorer.errors() if self._scorer else {}
+            ranges = Ranges(_chosen(candidates, errors, self.calibrators[-1].name))
+        finally:
+            self.abort()
+        ranges.apply(self.model)
+        set_mode(self.model, Mode.QUANTIZE)
+        return ranges
+
+    def rivals(self) -> dict[str, Ranges]:
+        """Return the ranges of each calibrator alone, for the whole model."""
+        names = [calibrator.name for calibrator in self.calibrators]
+        return {name: Ranges(_chosen(self._candidates, {}, name)) for name in names}
+
+    def _all_candidates(self) -> Candidates:
+        weights = weight_candidates(self.model, [c.name for c in self.calibrators])
+        return self._input_candidates() | weights
+
+    def _input_candidates(self) -> Candidates:
+        found = quantizers(self.model)
+        candidates: Candidates = {}
+        for name, observer in self.observers.items():
+            scale = found[name].scale
+            assert scale is not None
+            observer.synchronize(scale.device)
+            if observer.amax is not None:
+                spec = found[name].spec
+                candidates[name] = {c.name: c.amax(observer, spec) for c in self.calibrators}
+        if self.observers and not candidates:
+            raise RuntimeError(
+                "Expected the batches to reach the quantized layers, but no quantizer saw data."
+            )
+        unseen = sorted(self.observers.keys() - candidates.keys())
+        if unseen:
+            log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
+        return candidates
+
+
+def _chosen(
+    candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
+) -> dict[str, Range]:
+    """Return of every quantizer the range with the smallest error, or that of one calibrator."""
+    chosen = {}
+    for name, ranges in candidates.items():
+        scores = errors.get(name, {})
+        best = min(scores, key=scores.__getitem__) if scores else otherwise
+        best = best if best in ranges else "max"  # weights have no percentile
+        chosen[name] = Range(ranges[best], best, scores)
+    return chosen
+
+
+def weight_candidates(model: nn.Module, calibrators: Iterable[str] = ("max",)) -> Candidates:
+    """Return the ranges of all quantized weights by calibrator, which takes no data.
+
+    Raises:
+        RuntimeError: If a weight holds NaN or infinity, naming its layer.
+    """
+    chosen = [name for name in calibrators if name in WEIGHT_CALIBRATORS] or ["max"]
+    candidates = {}
+    for name, layer in quantized_layers(model).items():
+        spec, weight = layer.weight_quantizer.spec, layer.weight
+        if spec.needs_scale and isinstance(weight, Tensor):
+            if not bool(weight.isfinite().all()):
+                raise RuntimeError(f"Expected finite weights, but {name!r} has NaN or infinity.")
+            ranges = {c: WEIGHT_CALIBRATORS[c](weight, spec) for c in chosen}
+            candidates[f"{name}.weight_quantizer" if name else "weight_quantizer"] = ranges
+    return candidates

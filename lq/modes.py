@@ -1,0 +1,43 @@
+"""Modes of a whole model, for a while or until further notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lq.quantizer import Mode
+from lq.surgery import quantizers
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Put all quantizers of a model into one mode."""
+    for quantizer in quantizers(model).values():
+        quantizer.mode = mode
+
+
+@contextmanager
+def quantizer_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Put all quantizers of a model into one mode for a while, then each as it was."""
+    modes = {q: q.mode for q in quantizers(model).values()}
+    set_mode(model, mode)
+    try:
+        yield
+    finally:
+        for quantizer, before in modes.items():
+            quantizer.mode = before
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients for a while, then each module as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
