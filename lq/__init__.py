@@ -6,6 +6,7 @@ from lq.calibration import calibrate, find_ranges
 from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
+from lq.repairs import repair
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
@@ -35,6 +36,7 @@ __all__ = [
     "open_engine",
     "parity",
     "quantize",
+    "repair",
 ]
 
 # Resolved on first use, so that `import lq` imports neither lightning nor onnx.

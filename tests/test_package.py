@@ -23,6 +23,7 @@ LEVELS = [
     {"layers"},
     {"state", "surgery", "modes", "batches", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration"},
+    {"repairs"},
     {"export"},
     {"engines"},
     {"parity", "layer_parity", "evaluation", "samples", "curve", "convergence"},
@@ -85,6 +86,7 @@ def test_public_names() -> None:
         "open_engine",
         "parity",
         "quantize",
+        "repair",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name
