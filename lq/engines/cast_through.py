@@ -18,42 +18,33 @@ def _casts_to(node: ir.Node) -> ir.DataType | None:
 
 
 def cast_through(model: ir.Model) -> ir.Model:
-    """Return a copy that computes 16-bit layers in float32, rounding where the graph casts.
+    """Return a copy that computes 16-bit layers in float32, rounding every 16-bit tensor.
 
     Operands and results are rounded to 16 bits, and products are summed in float32, as tensor
     cores do.
     """
     model = ir.from_proto(ir.to_proto(model))
     graph = model.graph
-    types = {value: value.dtype for node in graph for value in node.outputs}
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in _16_BIT:
             value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=name)
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in list(graph):
-        to = _casts_to(node)
-        if to in _16_BIT:
-            _round_after(graph, node)
-        elif to is ir.DataType.FLOAT and node.inputs[0] in types:
-            before = types[node.inputs[0]]
-            if before is not None and before in _16_BIT:
-                _round_before(graph, node, before)
-    for node in graph:
         for value in node.outputs:
-            if value.dtype in _16_BIT and _casts_to(node) not in _16_BIT:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
+            if value.dtype in _16_BIT:
+                _round(graph, node, value, value.dtype)
     return model
 
 
-def _round_after(graph: ir.Graph, cast: ir.Node) -> None:
-    back = ir.node("Cast", [cast.outputs[0]], {"to": int(ir.DataType.FLOAT)})
-    cast.outputs[0].replace_all_uses_with(back.outputs[0])
-    back.replace_input_with(0, cast.outputs[0])
-    graph.insert_after(cast, back)
-
-
-def _round_before(graph: ir.Graph, cast: ir.Node, dtype: ir.DataType) -> None:
-    rounding = ir.node("Cast", [cast.inputs[0]], {"to": int(dtype)})
-    graph.insert_before(cast, rounding)
-    cast.replace_input_with(0, rounding.outputs[0])
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
+    """Put casts to a 16-bit type and back behind a value, which is a float32 one from now on."""
+    readers = list(value.uses())
+    narrow = [] if node.op_type == "Cast" else [ir.node("Cast", [value], {"to": int(dtype)})]
+    last = narrow[0].outputs[0] if narrow else value
+    wide = ir.node("Cast", [last], {"to": int(ir.DataType.FLOAT)})
+    graph.insert_after(node, [*narrow, wide])
+    if narrow:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    for reader, index in readers:
+        reader.replace_input_with(index, wide.outputs[0])
