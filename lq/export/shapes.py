@@ -16,9 +16,7 @@ def two_or_more(x: Any) -> Any:
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
-def dynamic_shapes(
-    args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool, image: bool
-) -> Any:
+def dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool, image: bool) -> Any:
     """Return the varying axes of all inputs as ``torch.onnx.export`` wants them."""
     if not batch and not image:
         return None

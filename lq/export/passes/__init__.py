@@ -17,7 +17,7 @@ from lq.export.passes.naming import (
     name_after_modules,
     number_calls,
 )
-from lq.export.passes.weights import store_integer_weights
+from lq.export.passes.weights import fold_biases, store_integer_weights
 
 __all__ = [
     "OUTPUT_OF",
@@ -28,6 +28,7 @@ __all__ = [
     "constant",
     "delay_upcasts",
     "fold_batchnorm",
+    "fold_biases",
     "fold_weight_casts",
     "mark_outputs",
     "move_activations_before_quantize",

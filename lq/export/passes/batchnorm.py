@@ -56,9 +56,7 @@ def _fold(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, norm: ir.Node) -
     graph.remove(norm, safe=True)
 
 
-def _scaled(
-    graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, factor: np.ndarray
-) -> ir.Value:
+def _scaled(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, factor: np.ndarray) -> ir.Value:
     """Return a layer's weight times a factor per output channel."""
     codes, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
     assert codes is not None

@@ -79,7 +79,6 @@ def _is_rounded(value: ir.Value, dtype: ir.DataType) -> bool:
         or (
             node.op_type in _MONOTONE
             and len(node.outputs) == 1
-            and node.op_type != "Concat"
             and _bounds_fit(node, dtype)
             and _is_rounded(node.outputs[0], dtype)
         )

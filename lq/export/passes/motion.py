@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lq.export.graph import insert_after, only_feeds, producer, users
-from lq.export.grid import Grid, grid_of, is_nearest, pads_exactly, pair_grid
+from lq.export.grid import Grid, code_type, grid_of, is_nearest, pads_exactly, pair_grid
 from lq.export.passes.naming import PART, QUANTIZED_BY, quantizer_call
 
 _MOVED_OVER = (
@@ -99,6 +99,7 @@ def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]
         if dequantized is None:
             first, second = _copy_pair(quantize, dequantizers[0], value)
             if len(values) > 1:
+                first.name = f"{quantize.name}/in{index}"
                 first.metadata_props[PART] = f"{quantize.metadata_props.get(PART, '')}/in{index}"
             graph.insert_before(over, [first, second])
             new.append(first)
@@ -115,19 +116,22 @@ def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]
 def _dequantized(value: ir.Value, grid: Grid | None) -> ir.Value | None:
     """Return what a pair that already stands behind a value gives, if it has that grid."""
     for quantize in users(value):
-        if quantize.op_type == "QuantizeLinear" and grid is not None and pair_grid(quantize) == grid:
+        if (
+            quantize.op_type == "QuantizeLinear"
+            and grid is not None
+            and pair_grid(quantize) == grid
+        ):
             for dequantize in _dequantizers(quantize, grid):
                 return dequantize.outputs[0]
     return None
 
 
-def _copy_pair(
-    quantize: ir.Node, dequantize: ir.Node, value: ir.Value
-) -> tuple[ir.Node, ir.Node]:
+def _copy_pair(quantize: ir.Node, dequantize: ir.Node, value: ir.Value) -> tuple[ir.Node, ir.Node]:
     first = _copy(quantize, value)
     second = _copy(dequantize, first.outputs[0])
-    first.outputs[0].type = quantize.outputs[0].type
-    second.outputs[0].type = dequantize.outputs[0].type
+    dtype = code_type(quantize)
+    first.outputs[0].type = ir.TensorType(dtype) if dtype is not None else None
+    second.outputs[0].type = value.type
     for output in (first.outputs[0], second.outputs[0]):
         output.shape = value.shape
     return first, second
@@ -140,6 +144,7 @@ def _copy(node: ir.Node, value: ir.Value) -> ir.Node:
         dict(node.attributes),
         domain=node.domain,
         version=node.version,
+        name=node.name,
     )
     new.metadata_props.update(node.metadata_props)
     return new

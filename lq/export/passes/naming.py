@@ -38,7 +38,8 @@ def number_calls(graph: ir.Graph) -> None:
 def quantizer_call(node: ir.Node) -> str:
     """Return the name of a QuantizeLinear: its quantizer, and which call if not the first."""
     count = int(node.metadata_props.get(_CALL, 0))
-    return scope(node) if count == 0 else f"{scope(node)}@{count}"
+    name = scope(node) or str(node.name)  # a file read back has the names and no scopes
+    return name if count == 0 else f"{name}@{count}"
 
 
 def mark_outputs(graph: ir.Graph) -> None:

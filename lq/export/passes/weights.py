@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.graph import add_initializer, along, constant, input_at, quantization_axis
+from lq.export.graph import (
+    WEIGHTED,
+    add_initializer,
+    along,
+    constant,
+    input_at,
+    producer,
+    quantization_axis,
+)
 
 _LIMITS = {
     ir.DataType.INT4: (-8, 7),
@@ -72,3 +80,22 @@ def _codes(node: ir.Node, narrow: bool) -> np.ndarray:
             codes += along(zero_point.astype(np.float32), axis, array.ndim)
     clipped: np.ndarray = codes.clip(low, high).astype(dtype.numpy())
     return clipped
+
+
+def fold_biases(graph: ir.Graph) -> list[ir.Node]:
+    """Store biases that are integers behind DequantizeLinear in float, and return those nodes.
+
+    ``bias = codes * scale``, in float32 as the node computes it.
+    """
+    folded = []
+    for layer in [node for node in graph if node.op_type in WEIGHTED]:
+        dequantize = producer(input_at(layer, 2), "DequantizeLinear")
+        codes = constant(dequantize.inputs[0]) if dequantize is not None else None
+        scale = constant(dequantize.inputs[1]) if dequantize is not None else None
+        if dequantize is None or codes is None or scale is None:
+            continue
+        bias = codes.astype(np.float32) * scale
+        value = add_initializer(graph, f"{dequantize.inputs[0].name}.float", bias)
+        layer.replace_input_with(2, value)
+        folded.append(dequantize)
+    return folded
