@@ -122,7 +122,6 @@ class CutGraph:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        import onnx_ir as ir
 
         from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
         from lq.export.passes import OUTPUT_OF, QUANTIZED_BY, WEIGHTED

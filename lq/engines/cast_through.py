@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lq.export.graph import insert_after
+
 _16_BIT: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -32,19 +34,21 @@ def cast_through(model: ir.Model) -> ir.Model:
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in list(graph):
         for value in node.outputs:
-            if value.dtype in _16_BIT:
-                _round(graph, node, value, value.dtype)
+            dtype = value.dtype
+            if dtype is not None and dtype in _16_BIT:
+                _round(graph, node, value, dtype)
     return model
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
     """Put casts to a 16-bit type and back behind a value, which is a float32 one from now on."""
-    readers = list(value.uses())
-    narrow = [] if node.op_type == "Cast" else [ir.node("Cast", [value], {"to": int(dtype)})]
-    last = narrow[0].outputs[0] if narrow else value
-    wide = ir.node("Cast", [last], {"to": int(ir.DataType.FLOAT)})
-    graph.insert_after(node, [*narrow, wide])
-    if narrow:
+    narrow = node if node.op_type == "Cast" else ir.node("Cast", [value], {"to": int(dtype)})
+    wide = ir.node("Cast", [narrow.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    rounded, new = wide.outputs[0], [wide] if narrow is node else [narrow, wide]
+    rounded.type, rounded.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+    if value.is_graph_output():
+        graph.outputs[list(graph.outputs).index(value)] = rounded
+        value.name, rounded.name = f"{value.name}/unrounded", value.name
+    insert_after(graph, value, new)
+    if narrow is not node:
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    for reader, index in readers:
-        reader.replace_input_with(index, wide.outputs[0])

@@ -68,6 +68,8 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 def insert_after(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node]) -> None:
     """Put a chain of nodes that starts from `value` between it and all that read it."""
     readers = [(node, index) for node, index in value.uses() if node not in nodes]
-    graph.insert_after(value.producer(), nodes)
+    source = value.producer()
+    assert source is not None
+    graph.insert_after(source, nodes)
     for node, index in readers:
         node.replace_input_with(index, nodes[-1].outputs[0])

@@ -1,4 +1,4 @@
-"""Which numbers a tensor can hold: those of a Q/DQ pair, through operators that only pass them on."""
+"""Which numbers a tensor can hold: those of a Q/DQ pair, through what only passes them on."""
 
 from __future__ import annotations
 

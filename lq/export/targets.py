@@ -44,7 +44,7 @@ def _refusal(spec: QuantSpec, target: str) -> str | None:
 
 def _mixture(spec: LayerSpec) -> str | None:
     weights, inputs = spec.weights.format, spec.inputs.format
-    if weights == inputs and weights not in STORED_ONLY or not spec.inputs.needs_scale:
+    if (weights == inputs and weights not in STORED_ONLY) or not spec.inputs.needs_scale:
         return None
     if inputs in STORED_ONLY:
         return f"{weights} and its inputs {inputs}, a format for weights alone"

@@ -42,10 +42,10 @@ def fix(path: str | Path, output: str | Path, target: str = "tensorrt") -> list[
 
 def rewrite(model: ir.Model, target: str) -> None:
     """Apply the rewrites of the rules that find something, in place."""
+    passes.share_equal(model)  # pairs that double another one
     for rule in RULES.values():
         if rule.rewrite is not None and any(rule.check(model.graph, target)):
             rule.rewrite(model)
-    passes.share_equal(model)
     passes.remove_unused(model.graph)
 
 

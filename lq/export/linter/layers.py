@@ -26,7 +26,7 @@ def weight_dequantize(layer: ir.Node) -> ir.Node | None:
 
 
 def stored_weight(dequantize: ir.Node) -> ir.Value | None:
-    """Return the constant behind a DequantizeLinear, codes or floats, ``None`` for an activation."""
+    """Return the constant behind a DequantizeLinear, codes or floats, if there is one."""
     value = dequantize.inputs[0]
     quantize = producer(value, "QuantizeLinear")
     value = value if quantize is None else quantize.inputs[0]

@@ -53,10 +53,7 @@ def read(model: str | Path | Any) -> ir.Model:
     """Return a copy of a model, or the one in a file, with all constants as initializers."""
     if isinstance(model, ir.Model):
         model = ir.to_proto(model)
-    if isinstance(model, (str, Path)):
-        copy = _load(Path(model))
-    else:
-        copy = ir.from_proto(model)
+    copy = _load(Path(model)) if isinstance(model, (str, Path)) else ir.from_proto(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     return copy
 

@@ -22,7 +22,7 @@ RULES: dict[str, Rule] = {
     "extra-pair": Rule(
         placement_rules.extra_pair,
         "remove the pair",
-        lambda model: (passes.share_equal(model), passes.remove_requantization(model.graph)),
+        lambda model: passes.remove_requantization(model.graph),
     ),
     "requantized": Rule(placement_rules.requantized, "give both places one scale, or drop one"),
     "two-scales": Rule(placement_rules.two_scales, "let all readers share one quantizer"),

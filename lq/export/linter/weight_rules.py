@@ -18,7 +18,7 @@ def axis(graph: ir.Graph, target: str) -> Found:
     for layer in layers(graph):
         dequantize = weight_dequantize(layer)
         given = quantization_axis(dequantize) if dequantize is not None else None
-        if dequantize is None or given is None or dequantize.attributes.get_int("block_size", 0):
+        if dequantize is None or given is None or "block_size" in dequantize.attributes:
             continue
         wanted = _output_axis(layer)
         shape = stored_weight(dequantize).shape  # type: ignore[union-attr]

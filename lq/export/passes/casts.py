@@ -59,9 +59,10 @@ def _data(node: ir.Node) -> list[ir.Value | None]:
 
 def _upcast_from(value: ir.Value | None) -> ir.DataType | None:
     cast = producer(value, "Cast")
-    if cast is None or cast.attributes["to"].as_int() != ir.DataType.FLOAT:
+    source = cast.inputs[0] if cast is not None else None
+    if cast is None or source is None or cast.attributes["to"].as_int() != ir.DataType.FLOAT:
         return None
-    dtype = cast.inputs[0].dtype
+    dtype = source.dtype
     return dtype if dtype in _16_BIT else None
 
 
@@ -113,6 +114,7 @@ def cancel_casts(graph: ir.Graph) -> None:
             continue
         if _upcast_from(node.inputs[0]) == node.attributes["to"].as_int():
             up = producer(node.inputs[0], "Cast")
-            assert up is not None
-            node.outputs[0].replace_all_uses_with(up.inputs[0])
+            source = up.inputs[0] if up is not None else None
+            assert source is not None
+            node.outputs[0].replace_all_uses_with(source)
             graph.remove(node, safe=True)

@@ -36,9 +36,10 @@ def remove_requantization(graph: ir.Graph) -> list[ir.Node]:
         grid = pair_grid(quantize) if quantize.op_type == "QuantizeLinear" else None
         if grid is None or grid_of(quantize.inputs[0]) != grid:
             continue
-        pairs = _dequantizers(quantize, grid)
+        value, pairs = quantize.inputs[0], _dequantizers(quantize, grid)
+        assert value is not None
         for dequantize in pairs:
-            dequantize.outputs[0].replace_all_uses_with(quantize.inputs[0])
+            dequantize.outputs[0].replace_all_uses_with(value)
         removed += [quantize] if pairs else []
     return removed
 
@@ -92,10 +93,11 @@ def _elements(node: ir.Node) -> list[ir.Value]:
 
 def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]:
     """Put a pair on each input of a node instead of on its output, and return the new Qs."""
-    dequantizers = users(quantize.outputs[0])
+    grid, dequantizers = pair_grid(quantize), users(quantize.outputs[0])
     values, new = _elements(over), []
+    assert grid is not None
     for index, value in enumerate(values):
-        dequantized = _dequantized(value, pair_grid(quantize))
+        dequantized = _dequantized(value, grid)
         if dequantized is None:
             first, second = _copy_pair(quantize, dequantizers[0], value)
             if len(values) > 1:
@@ -113,16 +115,12 @@ def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]
     return new
 
 
-def _dequantized(value: ir.Value, grid: Grid | None) -> ir.Value | None:
+def _dequantized(value: ir.Value, grid: Grid) -> ir.Value | None:
     """Return what a pair that already stands behind a value gives, if it has that grid."""
-    for quantize in users(value):
-        if (
-            quantize.op_type == "QuantizeLinear"
-            and grid is not None
-            and pair_grid(quantize) == grid
-        ):
-            for dequantize in _dequantizers(quantize, grid):
-                return dequantize.outputs[0]
+    pairs = [node for node in users(value) if node.op_type == "QuantizeLinear"]
+    for quantize in pairs:
+        if pair_grid(quantize) == grid and (dequantizers := _dequantizers(quantize, grid)):
+            return dequantizers[0].outputs[0]
     return None
 
 

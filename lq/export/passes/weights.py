@@ -52,7 +52,8 @@ def store_integer_weights(graph: ir.Graph, narrow: bool = True) -> list[ir.Node]
 
 
 def _is_float_weight(node: ir.Node) -> bool:
-    if node.op_type != "QuantizeLinear" or not node.inputs[0].is_initializer():
+    value = input_at(node, 0)
+    if node.op_type != "QuantizeLinear" or value is None or not value.is_initializer():
         return False
     return constant(node.inputs[1]) is not None and _code_type(node) in _LIMITS
 
@@ -95,7 +96,7 @@ def fold_biases(graph: ir.Graph) -> list[ir.Node]:
         if dequantize is None or codes is None or scale is None:
             continue
         bias = codes.astype(np.float32) * scale
-        value = add_initializer(graph, f"{dequantize.inputs[0].name}.float", bias)
+        value = add_initializer(graph, f"{dequantize.outputs[0].name}.float", bias)
         layer.replace_input_with(2, value)
         folded.append(dequantize)
     return folded
