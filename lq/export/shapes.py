@@ -6,9 +6,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IMAGE_AXES = (2, 3)
+LARGER = 64
+"""Pixels that are added to a sample to see if a model runs it; a multiple of most strides."""
 
 
 def two_or_more(x: Any) -> Any:
@@ -26,7 +28,7 @@ def dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool, i
         if not isinstance(x, Tensor) or not x.dim():
             return None
         axes: dict[int, Any] = {0: first} if batch else {}
-        if image and x.dim() == 4:
+        if image and _is_image(x):
             # The exporter finds out what a model asks of them: multiples of its stride, say.
             axes |= {axis: torch.export.Dim.AUTO for axis in IMAGE_AXES}
         return axes
@@ -36,14 +38,33 @@ def dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool, i
     return tuple(shape(x) for x in args)
 
 
+def check_other_image(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` if a model cannot run images of another size than the sample's."""
+    try:
+        model(*map(_larger, args), **{name: _larger(x) for name, x in kwargs.items()})
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"Expected a model that runs images of any size, but it fails {LARGER} pixels beyond "
+            f"the sample's: {' '.join(str(error).split())[:200]}; export it with "
+            "dynamic_image=False."
+        ) from None
+
+
+def _larger(x: Any) -> Any:
+    return torch.nn.functional.pad(x, (0, LARGER, 0, LARGER)) if _is_image(x) else x
+
+
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4
+
+
 def check_image_varies(graph: ir.Graph) -> None:
-    """Raise a ``ValueError`` if an exporter found that height or width cannot vary."""
+    """Raise a ``ValueError`` if the exporter took height or width for a constant."""
     for value in graph.inputs:
         shape = value.shape
-        if shape is not None and len(shape) == 4:
-            fixed = [shape[axis] for axis in IMAGE_AXES if isinstance(shape[axis], int)]
-            if fixed:
-                raise ValueError(
-                    f"Expected height and width of input {value.name!r} to vary, but the model "
-                    f"works for {list(shape[2:])} only; export it with dynamic_image=False."
-                )
+        sizes = list(shape)[2:] if shape is not None and len(shape) == 4 else []
+        if any(isinstance(size, int) for size in sizes):
+            raise ValueError(
+                f"Expected height and width of input {value.name!r} to vary, but the model "
+                f"computes with {sizes} as constants; export it with dynamic_image=False."
+            )

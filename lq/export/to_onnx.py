@@ -18,7 +18,7 @@ from torch import nn
 
 from lq.calibration import eval_mode, model_inputs, quantizer_mode
 from lq.export import passes
-from lq.export.shapes import check_image_varies, dynamic_shapes, two_or_more
+from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
@@ -101,6 +101,8 @@ def trace(
     with eval_mode(model), quantizer_mode(model, Mode.QUANTIZE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model(*args, **kwargs)  # says what is wrong in one line, where an exporter says it in fifty
+        if dynamic_image:
+            check_other_image(model, args, kwargs)
         program = torch.onnx.export(
             model,
             args,

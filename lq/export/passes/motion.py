@@ -101,7 +101,7 @@ def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]
         if dequantized is None:
             first, second = _copy_pair(quantize, dequantizers[0], value)
             if len(values) > 1:
-                first.name = f"{quantize.name}/in{index}"
+                first.name, second.name = (f"{node.name}/in{index}" for node in (first, second))
                 first.metadata_props[PART] = f"{quantize.metadata_props.get(PART, '')}/in{index}"
             graph.insert_before(over, [first, second])
             new.append(first)
