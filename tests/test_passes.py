@@ -168,6 +168,35 @@ def test_equal_pairs_are_shared() -> None:
     np.testing.assert_array_equal(run(graph), before)
 
 
+def test_reshapes_to_one_varying_size_are_constant() -> None:
+    body = (
+        "k = Shape <end = 2> (x) m = Constant <value_ints = [64]> () z = Concat <axis = 0> (k, m)"
+    )
+    graph = model(body + "r = Reshape (x, z) y = Neg (r)", "float[n, 4, 64] y")
+    ir.passes.common.ShapeInferencePass()(graph)
+    check_exact(graph, passes.fix_reshapes)
+    assert order(graph) == ["Reshape", "Neg"]
+    assert passes.constant(graph.graph[0].inputs[1]).tolist() == [-1, 4, 64]
+
+
+def test_reshapes_to_two_varying_sizes_stay() -> None:
+    graph = model("k = Shape (x) r = Reshape (x, k) y = Neg (r)")
+    graph.graph[1].outputs[0].shape = ir.Shape(["n", 4, "h", 8])
+    check_exact(graph, passes.fix_reshapes)
+    assert order(graph) == ["Shape", "Reshape", "Neg"]
+
+
+def test_a_pair_moves_over_several_nodes() -> None:
+    body = "r = Relu (x) n = Neg (r) c = Concat <axis = 1> (r, n)"
+    body += "m = MaxPool <kernel_shape = [2, 2]> (c)" + pair("m", "b") + "y = Abs (b)"
+    graph = model(body)
+    check_exact(graph, passes.move_quantize_up)
+    marked = [n.op_type for n in graph.graph if passes.QUANTIZED_BY in n.metadata_props]
+    assert marked == ["MaxPool"]  # where it stood
+    sources = [n.inputs[0].producer() for n in graph.graph if n.op_type == "QuantizeLinear"]
+    assert [s.op_type for s in sources] == ["Relu", "Neg"]
+
+
 CAST = "{y} = Cast <to = {to}> ({x})\n"
 F32, F16 = 1, 10
 

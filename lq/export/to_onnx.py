@@ -131,6 +131,7 @@ def _rewrite(model: ir.Model) -> None:
     passes.tidy(model)
     passes.store_integer_weights(graph)  # and those that folding made constant
     passes.fold_batchnorm(graph)
+    passes.fix_reshapes(graph)
     passes.delay_upcasts(graph)
     passes.cancel_casts(graph)
     passes.move_quantize_up(graph)

@@ -3,7 +3,7 @@
 from lq.export.graph import WEIGHTED, constant, producer
 from lq.export.passes.batchnorm import fold_batchnorm
 from lq.export.passes.casts import cancel_casts, delay_upcasts, fold_weight_casts
-from lq.export.passes.cleanup import remove_unused, share_equal, tidy
+from lq.export.passes.cleanup import fix_reshapes, remove_unused, share_equal, tidy
 from lq.export.passes.motion import (
     move_activations_before_quantize,
     move_quantize_up,
@@ -27,6 +27,7 @@ __all__ = [
     "clear_metadata",
     "constant",
     "delay_upcasts",
+    "fix_reshapes",
     "fold_batchnorm",
     "fold_biases",
     "fold_weight_casts",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
+
+from lq.export.graph import add_initializer
 
 
 def tidy(model: ir.Model) -> None:
@@ -28,6 +31,17 @@ def share_equal(model: ir.Model) -> None:
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
+
+
+def fix_reshapes(graph: ir.Graph) -> None:
+    """Give reshapes of which at most one size varies a constant shape, with -1 for that size."""
+    for node in [n for n in graph if n.op_type == "Reshape"]:
+        shape = node.outputs[0].shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape] if shape else []
+        if not sizes or sizes.count(-1) > 1 or 0 in sizes:
+            continue
+        wanted = np.array(sizes, np.int64)
+        node.replace_input_with(1, add_initializer(graph, f"{node.outputs[0].name}.shape", wanted))
 
 
 def remove_unused(graph: ir.Graph) -> None:

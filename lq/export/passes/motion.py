@@ -93,16 +93,13 @@ def _elements(node: ir.Node) -> list[ir.Value]:
 
 def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]:
     """Put a pair on each input of a node instead of on its output, and return the new Qs."""
-    grid, dequantizers = pair_grid(quantize), users(quantize.outputs[0])
+    dequantizers = users(quantize.outputs[0])
     values, new = _elements(over), []
-    assert grid is not None
     for index, value in enumerate(values):
-        dequantized = _dequantized(value, grid)
+        dequantized = _dequantized(value, quantize)
         if dequantized is None:
             first, second = _copy_pair(quantize, dequantizers[0], value)
-            if len(values) > 1:
-                first.name, second.name = (f"{node.name}/in{index}" for node in (first, second))
-                first.metadata_props[PART] = f"{quantize.metadata_props.get(PART, '')}/in{index}"
+            _name_part(first, second, f"/in{index}" if len(values) > 1 else "")
             graph.insert_before(over, [first, second])
             new.append(first)
             dequantized = second.outputs[0]
@@ -111,16 +108,24 @@ def _move_up(graph: ir.Graph, quantize: ir.Node, over: ir.Node) -> list[ir.Node]
         dequantize.outputs[0].replace_all_uses_with(over.outputs[0])
         graph.remove(dequantize, safe=True)
     graph.remove(quantize, safe=True)
-    over.metadata_props.setdefault(QUANTIZED_BY, quantizer_call(quantize))
+    if PART not in quantize.metadata_props:  # the place that it stood at first
+        over.metadata_props[QUANTIZED_BY] = quantizer_call(quantize)
     return new
 
 
-def _dequantized(value: ir.Value, grid: Grid) -> ir.Value | None:
-    """Return what a pair that already stands behind a value gives, if it has that grid."""
-    pairs = [node for node in users(value) if node.op_type == "QuantizeLinear"]
-    for quantize in pairs:
-        if pair_grid(quantize) == grid and (dequantizers := _dequantizers(quantize, grid)):
-            return dequantizers[0].outputs[0]
+def _name_part(quantize: ir.Node, dequantize: ir.Node, part: str) -> None:
+    for node in (quantize, dequantize):
+        node.name = f"{node.name}{part}" if node.name else None  # the graph names what has none
+    quantize.metadata_props[PART] = quantize.metadata_props.get(PART, "") + part
+
+
+def _dequantized(value: ir.Value, like: ir.Node) -> ir.Value | None:
+    """Return what a pair that already stands behind a value gives, if its grid is that wanted."""
+    grid = pair_grid(like)
+    for quantize in [node for node in users(value) if node.op_type == "QuantizeLinear"]:
+        if grid is not None and pair_grid(quantize) == grid:
+            for dequantize in _dequantizers(quantize, grid):
+                return dequantize.outputs[0]
     return None
 
 
@@ -142,7 +147,7 @@ def _copy(node: ir.Node, value: ir.Value) -> ir.Node:
         dict(node.attributes),
         domain=node.domain,
         version=node.version,
-        name=node.name,
+        name=node.name or None,
     )
     new.metadata_props.update(node.metadata_props)
     return new
