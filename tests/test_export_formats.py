@@ -105,13 +105,20 @@ def test_a_mixed_plan_comes_out_as_planned(tmp_path) -> None:
     assert read_plan(ir.load(tmp_path / "m.onnx")) == MIXED
 
 
-def test_tensorrt_builds_a_mixed_plan(tmp_path) -> None:
+@pytest.mark.parametrize("fmt", ["int8", "fp8_e4m3", "fp16", "bf16", "int4", "mixed"])
+def test_tensorrt_builds_what_was_planned(fmt: str, tmp_path) -> None:
     trt = find_builder()
     if trt is None or trt.__name__ != "tensorrt_rtx":
         pytest.skip("needs tensorrt_rtx, which builds without a GPU")
-    model, x = branches(mixed_recipe())
-    lq.export_onnx(model, x, tmp_path / "m.onnx")
-    assert build_engine(tmp_path / "m.onnx", tmp_path / "m.engine").formats == MIXED
+    recipe, same = everywhere(fmt), "int4/fp32" if fmt == "int4" else fmt
+    planned = dict.fromkeys(MIXED, same)
+    if fmt == "mixed":
+        recipe, planned = mixed_recipe(), MIXED
+    if fmt == "bf16":  # TensorRT-RTX 1.7 has no bf16 transposed convolution
+        recipe["rules"], planned["up"] = [{"name": "up", "format": "fp16"}], "fp16"
+    model, x = branches(recipe)
+    ir.save(trace(model, x), tmp_path / "m.onnx")
+    assert build_engine(tmp_path / "m.onnx", tmp_path / "m.engine").formats == planned
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16"])

@@ -287,6 +287,15 @@ def test_command_fixes_into_a_new_file(tmp_path, capsys) -> None:
     assert (tmp_path / "m.fixed.onnx").is_file()
 
 
+def test_help_tells_of_it(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "lq lint" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["lint", "--help"])
+    assert "--fix" in capsys.readouterr().out
+
+
 class Net(nn.Module):
     """A residual block, a concatenation, a classifier."""
 

@@ -122,7 +122,7 @@ def trace(
 
 
 def _rewrite(model: ir.Model) -> None:
-    """Turn what the exporter wrote into the graph an engine wants; nothing changes a result."""
+    """Turn what the exporter wrote into the graph an engine wants, with the same codes in it."""
     graph = model.graph
     passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
@@ -135,7 +135,6 @@ def _rewrite(model: ir.Model) -> None:
     passes.delay_upcasts(graph)
     passes.cancel_casts(graph)
     passes.move_quantize_up(graph)
-    passes.share_equal(model)
     passes.remove_requantization(graph)
     passes.remove_unused(graph)
     passes.mark_outputs(graph)

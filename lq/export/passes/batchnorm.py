@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.graph import WEIGHTED, add_initializer, along, constant, only_feeds, producer
+from lq.export.graph import (
+    WEIGHTED,
+    add_initializer,
+    along,
+    constant,
+    input_at,
+    only_feeds,
+    producer,
+)
 from lq.export.passes.naming import OUTPUT_OF, scope
 
 
@@ -67,12 +75,14 @@ def _scaled(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, factor: np.nda
     sign = along(np.where(zero, 0, np.sign(factor)), axis := _channel_axis(layer), codes.ndim)
     signed = (codes.astype(np.float32) * sign).astype(codes.dtype)
     stored = ir.DataType.from_numpy(codes.dtype).name.lower()
+    name, zero_point = f"{scope(layer)}.weight", input_at(dequantize, 2)
+    if zero_point is None or zero_point.shape != factor.shape:  # one scale for all channels
+        zeros = np.zeros(factor.shape, codes.dtype)
+        zero_point = add_initializer(graph, f"{name}.zero_point", zeros)
     inputs = [
-        add_initializer(graph, f"{scope(layer)}.weight.{stored}", signed),
-        add_initializer(graph, f"{scope(layer)}.weight.scale", np.where(zero, scale, folded)),
-        add_initializer(
-            graph, f"{scope(layer)}.weight.zero_point", np.zeros(factor.shape, codes.dtype)
-        ),
+        add_initializer(graph, f"{name}.{stored}", signed),
+        add_initializer(graph, f"{name}.scale", np.where(zero, scale, folded)),
+        zero_point,
     ]
     new = ir.node("DequantizeLinear", inputs, {"axis": axis}, version=dequantize.version)
     new.metadata_props.update(dequantize.metadata_props)
