@@ -93,18 +93,22 @@ def _narrow(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
         assert cast is not None
         node.replace_input_with(index, cast.inputs[0])
     if node.op_type == "Clip":
-        for index, bound in list(enumerate(node.inputs))[1:]:
-            number = constant(bound)
-            assert number is not None
-            assert bound is not None
-            name = f"{bound.name}.{dtype.name.lower()}"
-            stored = add_initializer(graph, name, np.asarray(number, dtype.numpy()))
-            node.replace_input_with(index, stored)
+        _narrow_bounds(graph, node, dtype)
     output = node.outputs[0]
     output.type = ir.TensorType(dtype)
     cast = ir.node("Cast", [output], {"to": int(ir.DataType.FLOAT)}, version=node.version)
     cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), output.shape
     insert_after(graph, output, [cast])
+
+
+def _narrow_bounds(graph: ir.Graph, clip: ir.Node, dtype: ir.DataType) -> None:
+    for index, bound in list(enumerate(clip.inputs))[1:]:
+        number = constant(bound)
+        assert number is not None
+        assert bound is not None
+        array = np.asarray(number, dtype.numpy())
+        stored = add_initializer(graph, f"{bound.name}.{dtype.name.lower()}", array)
+        clip.replace_input_with(index, stored)
 
 
 def cancel_casts(graph: ir.Graph) -> None:
