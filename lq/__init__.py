@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "find_ranges",
+    "lint",
     "load_from_checkpoint",
     "open_engine",
     "parity",
@@ -46,6 +47,7 @@ _LAZY = {
     "calibration_curve": "lq.convergence",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
+    "lint": "lq.export",
     "open_engine": "lq.engines",
 }
 

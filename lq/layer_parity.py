@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from lq.functional import encode, sqnr_db
+from lq.functional import FP8_MAX, encode, sqnr_db
 from lq.quantizer import Quantizer
 from lq.surgery import quantizers
 
@@ -116,14 +117,14 @@ class CutGraph:
     """An exported graph cut at the QuantizeLinear of every activation.
 
     Each becomes an input, fed from torch. What the graph computes for it, the codes it makes of
-    what it is fed, and the output of every layer become outputs.
+    what it is fed, and the output of every layer become outputs. Where a QuantizeLinear was moved
+    up over pooling or a concatenation, the graph is cut at the place it was moved from.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        import onnx_ir as ir
 
         from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
-        from lq.export.passes import OUTPUT_OF, WEIGHTED
+        from lq.export.passes import OUTPUT_OF, QUANTIZED_BY, WEIGHTED
 
         graph = model.graph
         self.graph_inputs = [str(value.name) for value in graph.inputs]
@@ -131,6 +132,7 @@ class CutGraph:
         self.layers: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
         self.codes: dict[str, str] = {}
+        self.moved = {node.metadata_props.get(QUANTIZED_BY) for node in graph} - {None}
         for node in list(graph):
             name = str(node.name)
             module = node.metadata_props.get(OUTPUT_OF)
@@ -138,21 +140,35 @@ class CutGraph:
                 layer = name if node.op_type in WEIGHTED else module
                 self.layers[layer] = module, self._tap(graph, node.outputs[0])
                 self.figures[layer] = LayerParity(layer)
-            if node.op_type != "QuantizeLinear":
-                continue
-            value = node.inputs[0]
-            assert value is not None
-            fed = ir.Value(
-                name=f"{name}/fed", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape
-            )
-            graph.inputs.append(fed)
-            node.replace_input_with(0, fed)
-            self.codes[name] = self._tap(graph, node.outputs[0])
-            if value.producer() is not None:
-                self.computed[name] = self._tap(graph, value)
-            self.figures[name] = LayerParity(name)
+            moved = node.metadata_props.get(QUANTIZED_BY)
+            if moved is not None:
+                self._cut_after(graph, moved, node.outputs[0])
+            elif node.op_type == "QuantizeLinear" and _quantizer(name) not in self.moved:
+                self._cut_before(graph, name, node)
         self.runner = OnnxRuntimeRunner.from_graph(model, optimize=False)
         self.min_sqnr_db = MIN_16_BIT_LAYER_SQNR_DB if self.runner.simulates else MIN_LAYER_SQNR_DB
+
+    def _cut_before(self, graph: ir.Graph, name: str, quantize: ir.Node) -> None:
+        """Feed a QuantizeLinear from torch, and see what it makes of it."""
+        value, dequantize = quantize.inputs[0], next(node for node, _ in quantize.outputs[0].uses())
+        assert value is not None
+        quantize.replace_input_with(0, self._feed(graph, name, value))
+        self.codes[name] = self._tap(graph, dequantize.outputs[0])
+        if value.producer() is not None:
+            self.computed[name] = self._tap(graph, value)
+
+    def _cut_after(self, graph: ir.Graph, name: str, value: ir.Value) -> None:
+        """Feed what reads a value whose quantizer stands further up."""
+        value.replace_all_uses_with(self._feed(graph, name, value))
+        self.computed[name] = self._tap(graph, value)
+
+    def _feed(self, graph: ir.Graph, name: str, like: ir.Value) -> ir.Value:
+        import onnx_ir as ir
+
+        fed = ir.Value(name=f"{name}/fed", type=ir.TensorType(ir.DataType.FLOAT), shape=like.shape)
+        graph.inputs.append(fed)
+        self.figures[name] = LayerParity(name)
+        return fed
 
     @staticmethod
     def _tap(graph: ir.Graph, value: ir.Value) -> str:
@@ -162,8 +178,11 @@ class CutGraph:
 
     def compare(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Feed one batch to all pieces and compare what they compute with torch."""
-        given = {name: recorder.call(name) for name in self.codes}
-        feeds = {f"{name}/fed": x for name, (_, x) in given.items()}
+        given = {name: recorder.call(name) for name in {**self.codes, **self.computed}}
+        feeds = {
+            f"{name}/fed": _quantized(quantizer, x) if name in self.moved else x
+            for name, (quantizer, x) in given.items()
+        }
         inputs = dict(zip(self.graph_inputs, args, strict=False)) | kwargs
         feeds |= {name: x for name, x in inputs.items() if name in self.runner.inputs}
         results = dict(zip(self.runner.outputs, self.runner.run(**feeds), strict=True))
@@ -174,19 +193,37 @@ class CutGraph:
                 self._note(LayerParity(name, sqnr_db=sqnr, min_sqnr_db=self.min_sqnr_db))
         for name, (quantizer, x) in given.items():
             expected = _codes(quantizer, x)
-            self._note(_code_parity(name, expected, results[self.codes[name]].float()))
-            if name in self.computed:
-                computed = _codes(quantizer, results[self.computed[name]])
-                self._note(_code_parity(name, expected, computed))
+            for taps in (self.codes, self.computed):
+                if name in taps:
+                    self._note(_code_parity(name, expected, _codes(quantizer, results[taps[name]])))
 
     def _note(self, found: LayerParity) -> None:
         self.figures[found.layer] = found.worse(self.figures[found.layer])
 
 
-def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+def _quantizer(node: str) -> str:
+    """Return the quantizer call of a QuantizeLinear, which may stand on one of several inputs."""
+    return node.partition("/in")[0]
+
+
+def _encoded(quantizer: Quantizer, x: Tensor) -> Tensor:
     spec, scale = quantizer.spec, quantizer.scale
     assert scale is not None
     return encode(x.detach().cpu().float(), scale.detach().cpu(), spec.qmin, spec.qmax)
+
+
+def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
+    assert quantizer.scale is not None
+    return _encoded(quantizer, x) * quantizer.scale.detach().cpu()
+
+
+def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Return codes as numbers that count: a float8 code by its place among all float8 numbers."""
+    codes = _encoded(quantizer, x)
+    if quantizer.spec.qmax != FP8_MAX:
+        return codes
+    bits = codes.to(torch.float8_e4m3fn).view(torch.int8).int()
+    return torch.where(bits < 0, -(bits & 127), bits).float()
 
 
 def _code_parity(name: str, expected: Tensor, got: Tensor) -> LayerParity:

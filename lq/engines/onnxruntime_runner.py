@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
-from lq.export.passes import WEIGHTED, producer
+from lq.export.graph import WEIGHTED, producer
+from lq.export.grid import grid_of
 
 log = logging.getLogger(__name__)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
@@ -26,7 +27,7 @@ def rewrites_plan(model: ir.Model) -> bool:
     """
     return any(
         node.op_type in WEIGHTED
-        and producer(node.inputs[0], "DequantizeLinear") is not None
+        and grid_of(node.inputs[0]) is not None
         and producer(node.inputs[1], "DequantizeLinear") is None
         for node in model.graph
     )
