@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -35,11 +35,12 @@ def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
-def _add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Add a constant to a graph, under a name like `name` that is free."""
     unique, count = name, 1
     while unique in graph.initializers:
         unique, count = f"{name}.{count}", count + 1
-    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=unique)
     value = ir.Value(
         name=unique,
         type=ir.TensorType(tensor.dtype),
@@ -50,13 +51,17 @@ def _add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def number_calls(graph: ir.Graph) -> None:
-    """Number the calls of every quantizer, before equal ones are merged and unused removed."""
+def number_calls(graph: ir.Graph, first_names: Mapping[str, str]) -> None:
+    """Number the calls of every quantizer, before equal ones are merged and unused removed.
+
+    A quantizer that goes by several names is one, of which `first_names` has the first.
+    """
     calls: Counter[str] = Counter()
     for node in graph:
         if node.op_type == "QuantizeLinear":
-            node.metadata_props[_CALL] = str(calls[scope(node)])
-            calls[scope(node)] += 1
+            name = first_names.get(scope(node), scope(node))
+            node.metadata_props[_CALL] = str(calls[name])
+            calls[name] += 1
 
 
 def mark_outputs(graph: ir.Graph) -> None:
@@ -75,7 +80,7 @@ def fold_weight_casts(graph: ir.Graph) -> None:
             continue
         dtype = ir.DataType(node.attributes["to"].as_int())
         array = weight.const_value.numpy().astype(dtype.numpy())
-        folded = _add_initializer(graph, f"{weight.name}.{dtype.name.lower()}", array)
+        folded = add_initializer(graph, f"{weight.name}.{dtype.name.lower()}", array)
         node.outputs[0].replace_all_uses_with(folded)
         graph.remove(node, safe=True)
 
@@ -97,7 +102,7 @@ def store_integer_weights(graph: ir.Graph) -> None:
         axis = node.attributes.get_int("axis", 1) if scale.ndim else None
         codes = np.rint(array / _along(scale, axis, array.ndim)).clip(-127, 127)
         name = f"{weight.name}.int8"
-        node.outputs[0].replace_all_uses_with(_add_initializer(graph, name, codes.astype(np.int8)))
+        node.outputs[0].replace_all_uses_with(add_initializer(graph, name, codes.astype(np.int8)))
         graph.remove(node, safe=True)
 
 
@@ -163,15 +168,15 @@ def _fold(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, norm: ir.Node) -
 
     name = scope(layer)
     inputs = [
-        _add_initializer(graph, f"{name}.weight.int8", codes * _along(sign, axis, codes.ndim)),
-        _add_initializer(graph, f"{name}.weight.scale", np.where(zero, scale, folded)),
-        _add_initializer(graph, f"{name}.weight.zero_point", np.zeros(factor.shape, np.int8)),
+        add_initializer(graph, f"{name}.weight.int8", codes * _along(sign, axis, codes.ndim)),
+        add_initializer(graph, f"{name}.weight.scale", np.where(zero, scale, folded)),
+        add_initializer(graph, f"{name}.weight.zero_point", np.zeros(factor.shape, np.int8)),
     ]
     new = ir.node("DequantizeLinear", inputs, {"axis": axis}, version=dequantize.version)
     new.metadata_props.update(dequantize.metadata_props)
     graph.insert_before(layer, new)
     layer.replace_input_with(1, new.outputs[0])
-    bias_value = _add_initializer(graph, f"{name}.bias.folded", bias.astype(np.float32))
+    bias_value = add_initializer(graph, f"{name}.bias.folded", bias.astype(np.float32))
     if len(layer.inputs) > 2:
         layer.replace_input_with(2, bias_value)
     else:

@@ -9,6 +9,8 @@ from lq.surgery import quantized_layers
 
 TARGETS: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"int8", "fp16", "bf16", "fp32"}),
+    "onnxruntime": frozenset({"int8", "fp16", "bf16", "fp32"}),
+    "openvino": frozenset({"int8", "fp32"}),
 }
 """Target -> formats of weights and inputs it runs. A new target is a row here."""
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from lq.calibration import eval_mode, model_inputs, quantizer_mode
 from lq.export import passes
+from lq.export.onnxruntime_encoding import encode_for_onnxruntime
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
 from lq.quantizer import Mode
-from lq.surgery import quantized_layers
+from lq.surgery import first_names, quantized_layers
 
 if TYPE_CHECKING:
     from lq.parity import ParityReport
@@ -53,7 +54,8 @@ def export_onnx(
         model: A quantized and calibrated model, or a float one.
         sample: One batch: a tensor, an (input, target) pair, or a mapping of keyword arguments.
         path: Where to write the file. A failed export leaves none.
-        target: What will run it: ``"tensorrt"``.
+        target: What will run it: ``"tensorrt"``, ``"openvino"``, which takes the same graph, or
+            ``"onnxruntime"``, for which the same integers are encoded as its CPU kernels want.
         batches: Batches for the parity check; the sample if not given.
         dynamic_batch: Let the first axis of all inputs vary.
 
@@ -70,6 +72,8 @@ def export_onnx(
     _check_float32(model)
     with written_whole(path) as temporary:
         graph = trace(model, sample, dynamic_batch)
+        if target == "onnxruntime":
+            encode_for_onnxruntime(graph.graph)
         ir.save(graph, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
         report = compare(model, temporary, [sample] if batches is None else batches)
@@ -104,7 +108,7 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
         )
     assert program is not None
     graph = program.model.graph
-    passes.number_calls(graph)
+    passes.number_calls(graph, first_names(model))
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
