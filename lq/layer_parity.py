@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lq.functional import encode, sqnr_db
 from lq.quantizer import Quantizer
-from lq.surgery import quantizers
+from lq.surgery import first_names, quantizers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,7 +71,8 @@ class Recorder:
     """Keeps what quantizers are given and what layers return during one forward pass."""
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.first_names = first_names(model)
         self.quantizers = {n: q for n, q in quantizers(model).items() if q.spec.axis is None}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}
         self.layers = {name: modules[name] for name in layers if name in modules}
@@ -104,6 +105,7 @@ class Recorder:
     def call(self, node: str) -> tuple[Quantizer, Tensor]:
         """Return the quantizer a node is named after, and what its n-th call was given."""
         name, _, call = node.partition("@")
+        name = self.first_names[name]
         return self.quantizers[name], self.given[name][int(call or 0)]
 
     def output(self, layer: str) -> Tensor | None:
@@ -131,6 +133,8 @@ class CutGraph:
         self.layers: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
         self.codes: dict[str, str] = {}
+        self.zero_points: dict[str, int] = {}
+        self.bounds: dict[str, tuple[float, float]] = {}
         for node in list(graph):
             name = str(node.name)
             module = node.metadata_props.get(OUTPUT_OF)
@@ -147,7 +151,8 @@ class CutGraph:
             )
             graph.inputs.append(fed)
             node.replace_input_with(0, fed)
-            self.codes[name] = self._tap(graph, node.outputs[0])
+            self.zero_points[name], self.bounds[name], codes = _encoding(node)
+            self.codes[name] = self._tap(graph, codes)
             if value.producer() is not None:
                 self.computed[name] = self._tap(graph, value)
             self.figures[name] = LayerParity(name)
@@ -174,13 +179,28 @@ class CutGraph:
                 self._note(LayerParity(name, sqnr_db=sqnr, min_sqnr_db=self.min_sqnr_db))
         for name, (quantizer, x) in given.items():
             expected = _codes(quantizer, x)
-            self._note(_code_parity(name, expected, results[self.codes[name]].float()))
+            got = results[self.codes[name]].float() - self.zero_points[name]
+            self._note(_code_parity(name, expected, got))
             if name in self.computed:
                 computed = _codes(quantizer, results[self.computed[name]])
-                self._note(_code_parity(name, expected, computed))
+                self._note(_code_parity(name, expected, computed.clamp(*self.bounds[name])))
 
     def _note(self, found: LayerParity) -> None:
         self.figures[found.layer] = found.worse(self.figures[found.layer])
+
+
+def _encoding(quantize: ir.Node) -> tuple[int, tuple[float, float], ir.Value]:
+    """Return a QuantizeLinear's zero-point, and the bounds and output of a clip behind it."""
+    from lq.export.passes import constant
+
+    zero_point = constant(quantize.inputs[2])
+    zero, codes = 0 if zero_point is None else int(zero_point), quantize.outputs[0]
+    reader = next(node for node, _ in codes.uses())
+    if reader.op_type != "Clip":
+        return zero, (-math.inf, math.inf), codes
+    bounds = [constant(bound) for bound in reader.inputs[1:3]]
+    low, high = (int(bound) - zero for bound in bounds if bound is not None)
+    return zero, (low, high), reader.outputs[0]
 
 
 def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ LEVELS = [
     {"state", "surgery", "calibration", "checkpoint", "qat"},
     {"export"},
     {"engines"},
-    {"parity", "layer_parity", "evaluation"},
+    {"agreement", "parity", "layer_parity", "evaluation"},
     {"datasets"},
     {"models", "data", "module"},
     {"callbacks"},
