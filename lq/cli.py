@@ -64,10 +64,7 @@ class Trainer(L.Trainer):
             print(f"Kept {path} without an engine: {INSTALL}")
         else:
             info = build_engine(path, Path(path).with_suffix(".engine"))
-            print(
-                f"Wrote {Path(path).with_suffix('.engine')}: {info.size_mb:.2f} MB for "
-                f"{info.compute_capability}, {info.builder}"
-            )
+            print(f"Wrote {Path(path).with_suffix('.engine')}: {info.summary()}")
 
 
 class CLI(LightningCLI):

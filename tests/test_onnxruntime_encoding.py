@@ -13,7 +13,7 @@ from torch import nn
 
 import lq
 from lq.engines import onnxruntime_runner
-from lq.engines.integer_bias import MAX_BIAS_CODE, encode_biases
+from lq.engines.kernels import MAX_BIAS_CODE, encode_biases
 from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
 from lq.export.onnxruntime_encoding import encode_for_onnxruntime
 from lq.export.to_onnx import trace

@@ -11,9 +11,10 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
-from lq.engines.integer_bias import encode_biases
+from lq.engines.kernels import encode_biases, encode_weights_unsigned
 
 log = logging.getLogger(__name__)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
@@ -92,7 +93,7 @@ class OnnxRuntimeRunner(Runner):
         if self.simulates:
             log.info("ONNX Runtime's CPU has no 16-bit kernels; rounding to 16 bits in float32.")
             model = cast_through(model)
-        changed = (optimize and encode_biases(model.graph)) or self.simulates
+        changed = (optimize and _suit_kernels(model)) or self.simulates
         self.session = ort.InferenceSession(
             _serialized(model) if changed or path is None else str(path),
             _options(optimize, threads),
@@ -114,12 +115,20 @@ class OnnxRuntimeRunner(Runner):
         return [torch.from_numpy(y) for y in self.session.run(self.outputs, feeds)]
 
 
+def _suit_kernels(model: ir.Model) -> bool:
+    """Change a graph for integer kernels, and return whether there was anything to change."""
+    found = encode_biases(model.graph)
+    # ONNX Runtime's own option for this (x64quantprecision) fails on shared constants.
+    if cpu.first_hazard(model) is not None and cpu.saturates():
+        encode_weights_unsigned(model.graph)
+        found = True
+    return found
+
+
 def _options(optimize: bool, threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Where there is no VNNI, kernels whose 16-bit sums cannot saturate; elsewhere no effect.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options

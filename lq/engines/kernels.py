@@ -1,11 +1,11 @@
-"""Biases in steps of the accumulator, as integer kernels add them."""
+"""What ONNX Runtime's integer kernels want of biases and weights, put into the graph they run."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.passes import add_initializer, constant, producer
+from lq.export.passes import WEIGHTED, add_initializer, constant, producer
 
 MAX_BIAS_CODE = 2**30
 """Largest bias in steps of the accumulator, an int32 that has to hold the whole sum."""
@@ -28,6 +28,26 @@ def encode_biases(graph: ir.Graph) -> bool:
         if _is_plain(layer) and weight.attributes.get_int("axis", 1) == 0:
             found |= _encode_bias(graph, layer, (input, weight), bias)
     return found
+
+
+def encode_weights_unsigned(graph: ir.Graph) -> None:
+    """Store int8 weights as uint8 with zero-point 128: they stand for the same numbers.
+
+    Products of uint8 by uint8 take kernels with 32-bit sums, which do not saturate where there is
+    no VNNI.
+    """
+    for node in list(graph):
+        weight = producer(node.inputs[1], "DequantizeLinear") if node.op_type in WEIGHTED else None
+        codes = constant(weight.inputs[0]) if weight is not None else None
+        if weight is None or codes is None or codes.dtype != np.int8:
+            continue
+        name, scale = str(weight.name), constant(weight.inputs[1])
+        assert scale is not None
+        shifted = (codes.astype(np.int16) + 128).astype(np.uint8)
+        zero_point = np.full(scale.shape, 128, np.uint8)
+        weight.replace_input_with(0, add_initializer(graph, f"{name}.uint8", shifted))
+        weight.resize_inputs(3)
+        weight.replace_input_with(2, add_initializer(graph, f"{name}.zero_point", zero_point))
 
 
 def _is_plain(layer: ir.Node) -> bool:
