@@ -53,6 +53,9 @@ class OpenVINORunner(Runner):
         _refuse_saturation(path, cpu.first_hazard(model))
         self.simulates = has_16_bit(model)  # computed in float32
         self.size_mb = Path(path).stat().st_size / 1e6
+        self._compile(path, hint, threads, precision)
+
+    def _compile(self, path: str | Path, hint: str, threads: int, precision: str) -> None:
         self.name = "OpenVINO CPU" if precision == "fp32" else f"OpenVINO CPU {precision}"
         config = {
             "PERFORMANCE_HINT": HINTS[hint],
