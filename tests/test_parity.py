@@ -103,7 +103,7 @@ def test_an_engine_is_compared_end_to_end(exported, engine) -> None:
     assert report.sqnr_db > 10
     assert report.layers == []
     changed = tampered(path, "fc.weight.int8", lambda w: -w)
-    with pytest.raises(RuntimeError, match="fc.weight.int8.onnx' differs"):
+    with pytest.raises(RuntimeError, match=r"fc\.weight\.int8\.onnx' differs"):
         lq.parity(model, changed, batches, engine=engine)
     runner = lq.open_engine(changed, engine)
     with pytest.raises(RuntimeError, match=f"{runner.name} differs"):
