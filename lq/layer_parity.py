@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lq.functional import encode, sqnr_db
 from lq.quantizer import Quantizer
-from lq.surgery import first_names, quantizers
+from lq.surgery import quantizers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,8 +71,7 @@ class Recorder:
     """Keeps what quantizers are given and what layers return during one forward pass."""
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.first_names = first_names(model)
+        modules = dict(model.named_modules())
         self.quantizers = {n: q for n, q in quantizers(model).items() if q.spec.axis is None}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}
         self.layers = {name: modules[name] for name in layers if name in modules}
@@ -105,7 +104,6 @@ class Recorder:
     def call(self, node: str) -> tuple[Quantizer, Tensor]:
         """Return the quantizer a node is named after, and what its n-th call was given."""
         name, _, call = node.partition("@")
-        name = self.first_names[name]
         return self.quantizers[name], self.given[name][int(call or 0)]
 
     def output(self, layer: str) -> Tensor | None:

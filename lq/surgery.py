@@ -34,19 +34,6 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Return for every name of a module the first that it goes by, where it goes by several.
-
-    Example:
-        >>> layer = nn.ReLU()
-        >>> first_names(nn.Sequential(layer, layer))
-        {'': '', '0': '0', '1': '0'}
-    """
-    first: dict[nn.Module, str] = {}
-    named = model.named_modules(remove_duplicate=False)
-    return {name: first.setdefault(module, name) for name, module in named}
-
-
 def is_calibrated(model: nn.Module) -> bool:
     """Return whether a model's calibration has run, or needs not.
 

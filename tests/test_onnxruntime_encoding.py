@@ -145,18 +145,17 @@ class SharedInput(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.a, self.b, self.last = (nn.Conv2d(8, 8, 1) for _ in range(4))
-        self.quantizer = lq.Quantizer(lq.QuantSpec("int8"), name="quantizer")
+        self.before, self.after = (lq.Quantizer(lq.QuantSpec("int8")) for _ in range(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.quantizer(torch.relu(self.first(x)))
-        return self.last(self.a(x)), self.quantizer(self.b(x))
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.first(x))
+        return self.last(self.a(x)), self.after(self.b(self.before(x)))
 
 
 def test_a_float_layer_does_not_take_the_kernels_from_the_others(tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     model, x = SharedInput(), torch.randn(2, 8, 12, 12)
     lq.quantize(model, {"rules": [{"name": "b", "format": "skip"}]})
-    model.a.input_quantizer = model.quantizer
     lq.calibrate(model, [x], progress=False)
     report = lq.export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime")
     assert report.optimized.sqnr_db > 30

@@ -191,33 +191,6 @@ class ReturnsDict(nn.Module):
         return {"out": self.fc(x), "aux": [self.aux(x), x.sum()], "at": self.fc(x).argmax(1)}
 
 
-class SharedQuantizer(nn.Module):
-    """One quantizer under three names, called four times, two of them with the same tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
-
-    def quantized(self, recipe: str) -> nn.Module:
-        lq.quantize(self, recipe)
-        self.c.input_quantizer = self.shortcut = self.b.input_quantizer
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(self.a(x))
-        return self.c(h) + self.b(h) + self.c(0.5 * h) + self.shortcut(2 * h)
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_a_quantizer_of_several_names(tmp_path, target) -> None:
-    torch.manual_seed(0)
-    model, x = SharedQuantizer().quantized("tensorrt_int8"), torch.randn(64, 16)
-    lq.calibrate(model, [x], progress=False)
-    report = lq.export_onnx(model, x, tmp_path / "m.onnx", target=target)
-    assert report.passed
-    assert len([part for part in report.layers if part.total]) == 4  # a's, and three of the shared
-
-
 @pytest.mark.parametrize(
     "make", [SharedThrice, InPlaceAdd, OneNumber, ReturnsBeforeNorm, ReturnsDict]
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -51,17 +51,13 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
-def number_calls(graph: ir.Graph, first_names: Mapping[str, str]) -> None:
-    """Number the calls of every quantizer, before equal ones are merged and unused removed.
-
-    A quantizer that goes by several names is one, of which `first_names` has the first.
-    """
+def number_calls(graph: ir.Graph) -> None:
+    """Number the calls of every quantizer, before equal ones are merged and unused removed."""
     calls: Counter[str] = Counter()
     for node in graph:
         if node.op_type == "QuantizeLinear":
-            name = first_names.get(scope(node), scope(node))
-            node.metadata_props[_CALL] = str(calls[name])
-            calls[name] += 1
+            node.metadata_props[_CALL] = str(calls[scope(node)])
+            calls[scope(node)] += 1
 
 
 def mark_outputs(graph: ir.Graph) -> None:

@@ -24,7 +24,7 @@ from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
 from lq.quantizer import Mode
-from lq.surgery import first_names, quantized_layers
+from lq.surgery import quantized_layers
 
 if TYPE_CHECKING:
     from lq.parity import ParityReport
@@ -108,7 +108,7 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
         )
     assert program is not None
     graph = program.model.graph
-    passes.number_calls(graph, first_names(model))
+    passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
