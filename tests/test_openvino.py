@@ -63,7 +63,7 @@ def test_float_layers_are_not_rounded_to_bf16(tmp_path) -> None:
 def test_hint_and_threads_reach_the_engine(exported, hint, threads) -> None:
     runner = OpenVINORunner(exported[0], hint=hint, threads=threads)
     assert runner.compiled.get_property("INFERENCE_NUM_THREADS") == threads
-    assert runner.compiled.get_property("PERFORMANCE_HINT").name == hint.upper()
+    assert str(runner.compiled.get_property("PERFORMANCE_HINT")).endswith(hint.upper())
 
 
 def test_runs_from_several_threads_at_once(exported) -> None:

@@ -8,6 +8,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import lq
+from lq.calibration import eval_mode
 from lq.parity import compare
 
 
@@ -88,7 +89,7 @@ def test_the_optimized_session_is_measured_by_itself(exported) -> None:
     assert optimized.engine == "ONNX Runtime CPU, optimized"
     assert optimized.passed
     assert optimized.sqnr_db >= optimized.min_sqnr_db == 10
-    with torch.no_grad():
+    with eval_mode(model):
         expected = torch.cat([model(x) for x, _ in batches])
     got = torch.cat([lq.open_engine(path).run(x)[0] for x, _ in batches])
     assert optimized.max_difference == pytest.approx(float((expected - got).abs().max()))
