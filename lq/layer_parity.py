@@ -123,6 +123,7 @@ class CutGraph:
         import onnx_ir as ir
 
         from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
+        from lq.export.onnxruntime_encoding import REPEATS
         from lq.export.passes import OUTPUT_OF, WEIGHTED
 
         graph = model.graph
@@ -140,7 +141,7 @@ class CutGraph:
                 layer = name if node.op_type in WEIGHTED else module
                 self.layers[layer] = module, self._tap(graph, node.outputs[0])
                 self.figures[layer] = LayerParity(layer)
-            if node.op_type != "QuantizeLinear":
+            if node.op_type != "QuantizeLinear" or REPEATS in node.metadata_props:
                 continue
             value = node.inputs[0]
             assert value is not None

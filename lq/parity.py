@@ -45,6 +45,11 @@ class ParityReport(Agreement):
         """Whether file and model agree within tolerance, ONNX Runtime's fusions left aside."""
         return self.first_divergence is None and super().passed
 
+    @property
+    def fused_passed(self) -> bool:
+        """Whether the optimized session, where there is one, agrees within its own limits."""
+        return self.optimized is None or self.optimized.passed
+
     def summary(self) -> str:
         """Return the report in a line."""
         if not self.layers:

@@ -1,6 +1,7 @@
 """The encoding for ONNX Runtime: the same integers, in kernels that are fast."""
 
 import collections
+import sys
 
 import numpy as np
 import onnx
@@ -17,6 +18,8 @@ from lq.engines.kernels import MAX_BIAS_CODE, encode_biases
 from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
 from lq.export.onnxruntime_encoding import encode_for_onnxruntime
 from lq.export.to_onnx import trace
+
+parity_module = sys.modules["lq.parity"]  # the function of this name hides it
 
 
 def calibrated(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -161,6 +164,32 @@ def test_a_float_layer_does_not_take_the_kernels_from_the_others(tmp_path, monke
     assert report.optimized.sqnr_db > 30
     ops = optimized_ops(tmp_path, monkeypatch)
     assert (ops["QLinearConv"], ops["Conv"] + ops["FusedConv"]) == (2, 2)
+
+
+def test_pooled_integers_stay_integers(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), lq.Quantizer(lq.QuantSpec("int8")), nn.MaxPool2d(2)]
+    model, x = nn.Sequential(*layers, nn.Conv2d(8, 8, 1), nn.ReLU()), torch.randn(2, 3, 12, 12)
+    model.append(lq.Quantizer(lq.QuantSpec("int8")))
+    lq.quantize(model, {"rules": [{"name": "4", "inputs": "fp32", "weights": "int8"}]})
+    lq.calibrate(model.eval(), [x], progress=False)
+    graph = trace(model, x)
+    before = run_all(ir.from_proto(ir.to_proto(graph)), x)
+    encode_for_onnxruntime(graph.graph)
+    assert np.array_equal(before[0], run_all(graph, x)[0])
+    assert lq.export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime").passed
+    ops = optimized_ops(tmp_path, monkeypatch)
+    assert ops["QLinearConv"] == 2
+    assert ops["MaxPool"] + ops["Conv"] + ops["FusedConv"] == 0
+
+
+def test_an_export_whose_fused_session_disagrees_leaves_no_file(tmp_path, monkeypatch) -> None:
+    model, x = activation_net(nn.ReLU())
+    monkeypatch.setattr(parity_module, "MIN_ENGINE_SQNR_DB", 1e6)
+    with pytest.raises(RuntimeError, match="fused"):
+        lq.export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime")
+    assert list(tmp_path.iterdir()) == []
+    assert lq.export_onnx(model, x, tmp_path / "m.onnx", target="tensorrt").passed
 
 
 def test_openvino_and_16_bit_are_refused_by_name(tmp_path) -> None:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from lq.export.passes import add_initializer, constant, producer, remove_unused
 
 INT8_MIN, INT8_MAX = -128, 127
+REPEATS = "lq.repeats"
+"""Metadata of a QuantizeLinear whose input is on its grid already, so that it changes nothing."""
 
 
 def encode_for_onnxruntime(graph: ir.Graph) -> None:
@@ -31,7 +33,34 @@ def encode_for_onnxruntime(graph: ir.Graph) -> None:
         if zero_point is not None and zero_point.dtype == np.int8 and zero_point.ndim == 0:
             assert scale is not None
             _encode_activation(graph, quantize, scale)
+    for pool in [node for node in graph if node.op_type == "MaxPool"]:
+        dequantize = producer(pool.inputs[0], "DequantizeLinear")
+        if dequantize is not None and not pool.outputs[0].is_graph_output():
+            _repeat_pair(graph, dequantize, pool.outputs[0])
     remove_unused(graph)
+
+
+def _repeat_pair(graph: ir.Graph, dequantize: ir.Node, value: ir.Value) -> None:
+    """Quantize what max-pooling picks from quantized numbers once more, which changes none.
+
+    ONNX Runtime pools integers only between Q/DQ, and multiplies integers only behind them.
+    """
+    readers = [use for use in value.uses() if use[0].op_type != "QuantizeLinear"]
+    if not readers:
+        return
+    name, encoding = f"{value.producer().name}/repeated", dequantize.inputs[1:]  # type: ignore[union-attr]
+    quantize = ir.node("QuantizeLinear", [value, *encoding], name=name)
+    pair = ir.node(
+        "DequantizeLinear", [quantize.outputs[0], *encoding], name=f"{name}/DequantizeLinear"
+    )
+    quantize.metadata_props[REPEATS] = "1"
+    for node, dtype in ((quantize, ir.DataType.UINT8), (pair, ir.DataType.FLOAT)):
+        output = node.outputs[0]
+        output.name, output.type = f"{node.name}/out", ir.TensorType(dtype)
+        output.shape = value.shape
+    graph.insert_after(value.producer(), [quantize, pair])  # type: ignore[arg-type]
+    for node, index in readers:
+        node.replace_input_with(index, pair.outputs[0])
 
 
 def _encode_activation(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray) -> None:

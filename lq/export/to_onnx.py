@@ -77,7 +77,7 @@ def export_onnx(
         ir.save(graph, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
         report = compare(model, temporary, [sample] if batches is None else batches)
-        if not report.passed:
+        if not report.passed or (target == "onnxruntime" and not report.fused_passed):
             raise RuntimeError(
                 f"The export differs from the model, so {str(path)!r} was not written: "
                 f"{report.summary()}."
