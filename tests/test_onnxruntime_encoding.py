@@ -38,11 +38,13 @@ def activation_net(activation: nn.Module) -> tuple[nn.Module, torch.Tensor]:
 
 
 def dequantized(graph: ir.Graph) -> list[ir.Value]:
-    """The values that activations are dequantized to, in order."""
+    """The values that activations are dequantized to, in order, less pairs that repeat another."""
     return [
         node.outputs[0]
         for node in graph
-        if node.op_type == "DequantizeLinear" and not node.inputs[0].is_initializer()
+        if node.op_type == "DequantizeLinear"
+        and not node.inputs[0].is_initializer()
+        and not node.name.endswith("/repeated/DequantizeLinear")
     ]
 
 
