@@ -28,6 +28,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "export_onnx",
+    "lint",
     "load_from_checkpoint",
     "open_engine",
     "parity",
@@ -40,6 +41,7 @@ _LAZY = {
     "build_engine": "lq.export",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
+    "lint": "lq.export",
     "open_engine": "lq.engines",
 }
 

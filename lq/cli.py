@@ -16,8 +16,10 @@ from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
+from lq.export.linter import command as lint_command
 from lq.module import QuantModule
 
+LINT = "\nAnd lq lint model.onnx, which needs no config: see lq lint --help."
 KEYWORDS = ("best", "last", "hpc")
 """What ``--ckpt_path`` may say instead of a path."""
 
@@ -97,9 +99,12 @@ def main(args: list[str] | None = None) -> None:
     A mistake in a config or in data ends with one line and exit code 2; ``LQ_TRACEBACK=1`` shows
     where it came from.
     """
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
+    given = sys.argv[1:] if args is None else args
+    if given == ["--version"]:
         print(f"lq {lq.__version__}")
         return
+    if given[:1] == ["lint"]:  # a file is all it needs, where other commands need model and data
+        sys.exit(lint_command.main(given[1:]))
     try:
         CLI(
             QuantModule,
@@ -110,7 +115,7 @@ def main(args: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True, "config_filename": "lq_config.yaml"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "lq", "description": lq.__doc__},
+            parser_kwargs={"prog": "lq", "description": f"{lq.__doc__}{LINT}"},
             args=args,
         )
     except Exception as error:

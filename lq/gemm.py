@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 TENSOR_CORE = 16
@@ -23,9 +26,22 @@ def gemm_size(layer: nn.Module) -> tuple[int, int] | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
-    groups, kernel = getattr(layer, "groups", 1), weight[0, 0].numel()
-    rows, columns = weight.shape[:2]
-    if getattr(layer, "transposed", False):
+    groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
+    return product_size(weight.shape, groups, transposed)
+
+
+def product_size(
+    shape: Sequence[int], groups: int = 1, transposed: bool = False
+) -> tuple[int, int]:
+    """Return ``(K, N)`` of a weight ``[N, K / groups, ...]``, transposed ``[K, N / groups, ...]``.
+
+    Example:
+        >>> product_size((32, 1, 3, 3), groups=32)
+        (9, 1)
+    """
+    rows, columns, *rest = shape
+    kernel = math.prod(rest)
+    if transposed:
         return rows // groups * kernel, columns
     return columns * kernel, rows // groups
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from lq.functional import encode, sqnr_db
+from lq.functional import FP8_MAX, encode, sqnr_db
 from lq.quantizer import Quantizer
 from lq.surgery import quantizers
 
@@ -116,15 +117,14 @@ class CutGraph:
     """An exported graph cut at the QuantizeLinear of every activation.
 
     Each becomes an input, fed from torch. What the graph computes for it, the codes it makes of
-    what it is fed, and the output of every layer become outputs.
+    what it is fed, and the output of every layer become outputs. Where a QuantizeLinear was moved
+    up over pooling or a concatenation, the graph is cut at the place it was moved from.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        import onnx_ir as ir
 
         from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
-        from lq.export.onnxruntime_encoding import REPEATS
-        from lq.export.passes import OUTPUT_OF, WEIGHTED
+        from lq.export.passes import OUTPUT_OF, QUANTIZED_BY, WEIGHTED
 
         graph = model.graph
         self.graph_inputs = [str(value.name) for value in graph.inputs]
@@ -132,8 +132,8 @@ class CutGraph:
         self.layers: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
         self.codes: dict[str, str] = {}
-        self.zero_points: dict[str, int] = {}
         self.bounds: dict[str, tuple[float, float]] = {}
+        self.moved = {node.metadata_props.get(QUANTIZED_BY) for node in graph} - {None}
         for node in list(graph):
             name = str(node.name)
             module = node.metadata_props.get(OUTPUT_OF)
@@ -141,22 +141,38 @@ class CutGraph:
                 layer = name if node.op_type in WEIGHTED else module
                 self.layers[layer] = module, self._tap(graph, node.outputs[0])
                 self.figures[layer] = LayerParity(layer)
-            if node.op_type != "QuantizeLinear" or REPEATS in node.metadata_props:
-                continue
-            value = node.inputs[0]
-            assert value is not None
-            fed = ir.Value(
-                name=f"{name}/fed", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape
-            )
-            graph.inputs.append(fed)
-            node.replace_input_with(0, fed)
-            self.zero_points[name], self.bounds[name], codes = _encoding(node)
-            self.codes[name] = self._tap(graph, codes)
-            if value.producer() is not None:
-                self.computed[name] = self._tap(graph, value)
-            self.figures[name] = LayerParity(name)
+            moved = node.metadata_props.get(QUANTIZED_BY)
+            if moved is not None:
+                self._cut_after(graph, moved, node.outputs[0])
+            elif _is_cut(node) and _quantizer(name) not in self.moved:
+                self._cut_before(graph, name, node)
         self.runner = OnnxRuntimeRunner.from_graph(model, optimize=False)
         self.min_sqnr_db = MIN_16_BIT_LAYER_SQNR_DB if self.runner.simulates else MIN_LAYER_SQNR_DB
+
+    def _cut_before(self, graph: ir.Graph, name: str, quantize: ir.Node) -> None:
+        """Feed a QuantizeLinear from torch, and see what it makes of it."""
+        value, dequantize = quantize.inputs[0], next(node for node, _ in quantize.outputs[0].uses())
+        assert value is not None
+        if dequantize.op_type == "Clip":
+            self.bounds[name] = _bounds(quantize, dequantize)
+            dequantize = next(node for node, _ in dequantize.outputs[0].uses())
+        quantize.replace_input_with(0, self._feed(graph, name, value))
+        self.codes[name] = self._tap(graph, dequantize.outputs[0])
+        if value.producer() is not None:
+            self.computed[name] = self._tap(graph, value)
+
+    def _cut_after(self, graph: ir.Graph, name: str, value: ir.Value) -> None:
+        """Feed what reads a value whose quantizer stands further up."""
+        value.replace_all_uses_with(self._feed(graph, name, value))
+        self.computed[name] = self._tap(graph, value)
+
+    def _feed(self, graph: ir.Graph, name: str, like: ir.Value) -> ir.Value:
+        import onnx_ir as ir
+
+        fed = ir.Value(name=f"{name}/fed", type=ir.TensorType(ir.DataType.FLOAT), shape=like.shape)
+        graph.inputs.append(fed)
+        self.figures[name] = LayerParity(name)
+        return fed
 
     @staticmethod
     def _tap(graph: ir.Graph, value: ir.Value) -> str:
@@ -166,8 +182,11 @@ class CutGraph:
 
     def compare(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Feed one batch to all pieces and compare what they compute with torch."""
-        given = {name: recorder.call(name) for name in self.codes}
-        feeds = {f"{name}/fed": x for name, (_, x) in given.items()}
+        given = {name: recorder.call(name) for name in {**self.codes, **self.computed}}
+        feeds = {
+            f"{name}/fed": _quantized(quantizer, x) if name in self.moved else x
+            for name, (quantizer, x) in given.items()
+        }
         inputs = dict(zip(self.graph_inputs, args, strict=False)) | kwargs
         feeds |= {name: x for name, x in inputs.items() if name in self.runner.inputs}
         results = dict(zip(self.runner.outputs, self.runner.run(**feeds), strict=True))
@@ -178,34 +197,57 @@ class CutGraph:
                 self._note(LayerParity(name, sqnr_db=sqnr, min_sqnr_db=self.min_sqnr_db))
         for name, (quantizer, x) in given.items():
             expected = _codes(quantizer, x)
-            got = results[self.codes[name]].float() - self.zero_points[name]
-            self._note(_code_parity(name, expected, got))
+            if name in self.codes:
+                self._note(
+                    _code_parity(name, expected, _codes(quantizer, results[self.codes[name]]))
+                )
             if name in self.computed:
                 computed = _codes(quantizer, results[self.computed[name]])
-                self._note(_code_parity(name, expected, computed.clamp(*self.bounds[name])))
+                bounds = self.bounds.get(name, (-math.inf, math.inf))
+                self._note(_code_parity(name, expected, computed.clamp(*bounds)))
 
     def _note(self, found: LayerParity) -> None:
         self.figures[found.layer] = found.worse(self.figures[found.layer])
 
 
-def _encoding(quantize: ir.Node) -> tuple[int, tuple[float, float], ir.Value]:
-    """Return a QuantizeLinear's zero-point, and the bounds and output of a clip behind it."""
+def _is_cut(node: ir.Node) -> bool:
+    from lq.export.onnxruntime_encoding import REPEATS
+
+    return node.op_type == "QuantizeLinear" and REPEATS not in node.metadata_props
+
+
+def _bounds(quantize: ir.Node, clip: ir.Node) -> tuple[int, int]:
+    """Return the codes that a QuantizeLinear is clipped to, counted from its zero-point."""
     from lq.export.passes import constant
 
-    zero_point = constant(quantize.inputs[2])
-    zero, codes = 0 if zero_point is None else int(zero_point), quantize.outputs[0]
-    reader = next(node for node, _ in codes.uses())
-    if reader.op_type != "Clip":
-        return zero, (-math.inf, math.inf), codes
-    bounds = [constant(bound) for bound in reader.inputs[1:3]]
-    low, high = (int(bound) - zero for bound in bounds if bound is not None)
-    return zero, (low, high), reader.outputs[0]
+    values = [constant(value) for value in (quantize.inputs[2], *clip.inputs[1:3])]
+    zero, low, high = (int(value) for value in values if value is not None)
+    return low - zero, high - zero
 
 
-def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+def _quantizer(node: str) -> str:
+    """Return the quantizer call of a QuantizeLinear, which may stand on one of several inputs."""
+    return node.partition("/in")[0]
+
+
+def _encoded(quantizer: Quantizer, x: Tensor) -> Tensor:
     spec, scale = quantizer.spec, quantizer.scale
     assert scale is not None
     return encode(x.detach().cpu().float(), scale.detach().cpu(), spec.qmin, spec.qmax)
+
+
+def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
+    assert quantizer.scale is not None
+    return _encoded(quantizer, x) * quantizer.scale.detach().cpu()
+
+
+def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Return codes as numbers that count: a float8 code by its place among all float8 numbers."""
+    codes = _encoded(quantizer, x)
+    if quantizer.spec.qmax != FP8_MAX:
+        return codes
+    bits = codes.to(torch.float8_e4m3fn).view(torch.int8).int()
+    return torch.where(bits < 0, -(bits & 127), bits).float()
 
 
 def _code_parity(name: str, expected: Tensor, got: Tensor) -> LayerParity:

@@ -1,5 +1,7 @@
 """Exported graphs: what is in them, and that failures leave nothing behind."""
 
+import copy
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -100,6 +102,32 @@ def test_batchnorm_is_folded_exactly() -> None:
             scale[nonzero], (before * factor.abs())[nonzero].detach(), rtol=1e-6
         )
         assert (codes.take(2, axis) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(nn.Conv2d(8, 12, 3, stride=2, padding=1), id="conv"),
+        pytest.param(nn.Conv2d(8, 12, 3, groups=4, bias=False), id="grouped"),
+        pytest.param(nn.Conv2d(8, 8, 3, groups=8), id="depthwise"),
+        pytest.param(nn.ConvTranspose2d(8, 12, 3, stride=2), id="transposed"),
+        pytest.param(nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4), id="transposed, grouped"),
+    ],
+)
+def test_folded_layers_match_a_float_reference(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(layer.out_channels)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.data.normal_()
+    norm.weight.data[:2] = torch.tensor([-1.5, 0.0])
+    model, x = nn.Sequential(layer, norm), torch.randn(2, 8, 7, 7)
+    reference = copy.deepcopy(model).eval().double()
+    lq.calibrate(lq.quantize(model, "weight_only_int8"), [x], progress=False)
+    reference[0].weight.data = model[0].weight_quantizer(model[0].weight).detach().double()
+    with torch.no_grad():
+        expected = reference(x.double())
+    np.testing.assert_allclose(run(trace(model.eval(), x), x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_are_integers_and_small(tmp_path: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from lq.export.graph import insert_after
+
 _16_BIT: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -18,42 +20,35 @@ def _casts_to(node: ir.Node) -> ir.DataType | None:
 
 
 def cast_through(model: ir.Model) -> ir.Model:
-    """Return a copy that computes 16-bit layers in float32, rounding where the graph casts.
+    """Return a copy that computes 16-bit layers in float32, rounding every 16-bit tensor.
 
     Operands and results are rounded to 16 bits, and products are summed in float32, as tensor
     cores do.
     """
     model = ir.from_proto(ir.to_proto(model))
     graph = model.graph
-    types = {value: value.dtype for node in graph for value in node.outputs}
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in _16_BIT:
             value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=name)
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in list(graph):
-        to = _casts_to(node)
-        if to in _16_BIT:
-            _round_after(graph, node)
-        elif to is ir.DataType.FLOAT and node.inputs[0] in types:
-            before = types[node.inputs[0]]
-            if before is not None and before in _16_BIT:
-                _round_before(graph, node, before)
-    for node in graph:
         for value in node.outputs:
-            if value.dtype in _16_BIT and _casts_to(node) not in _16_BIT:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
+            dtype = value.dtype
+            if dtype is not None and dtype in _16_BIT:
+                _round(graph, node, value, dtype)
     return model
 
 
-def _round_after(graph: ir.Graph, cast: ir.Node) -> None:
-    back = ir.node("Cast", [cast.outputs[0]], {"to": int(ir.DataType.FLOAT)})
-    cast.outputs[0].replace_all_uses_with(back.outputs[0])
-    back.replace_input_with(0, cast.outputs[0])
-    graph.insert_after(cast, back)
-
-
-def _round_before(graph: ir.Graph, cast: ir.Node, dtype: ir.DataType) -> None:
-    rounding = ir.node("Cast", [cast.inputs[0]], {"to": int(dtype)})
-    graph.insert_before(cast, rounding)
-    cast.replace_input_with(0, rounding.outputs[0])
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
+    """Put casts to a 16-bit type and back behind a value, which is a float32 one from now on."""
+    narrow = node if node.op_type == "Cast" else ir.node("Cast", [value], {"to": int(dtype)})
+    wide = ir.node("Cast", [narrow.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    rounded, new = wide.outputs[0], [wide] if narrow is node else [narrow, wide]
+    rounded.type, rounded.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+    if value.is_graph_output():
+        graph.outputs[list(graph.outputs).index(value)] = rounded
+        value.name, rounded.name = f"{value.name}/unrounded", value.name
+    insert_after(graph, value, new)
+    if narrow is not node:
+        value.type = ir.TensorType(ir.DataType.FLOAT)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lq.export.passes import WEIGHTED, constant, producer
+from lq.export.graph import WEIGHTED, constant, producer
 
 SAFE_WEIGHT = 64
 """Largest magnitude of a weight code whose products never saturate."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.passes import WEIGHTED, add_initializer, constant, producer
+from lq.export.graph import WEIGHTED, add_initializer, constant, producer
 
 MAX_BIAS_CODE = 2**30
 """Largest bias in steps of the accumulator, an int32 that has to hold the whole sum."""

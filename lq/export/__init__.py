@@ -1,6 +1,7 @@
-"""From a quantized model to files: ONNX graphs with Q/DQ, and TensorRT engines."""
+"""From a quantized model to files: ONNX graphs with Q/DQ, a linter, and TensorRT engines."""
 
 from lq.export.engine import build_engine
+from lq.export.linter import Finding, lint
 from lq.export.to_onnx import export_onnx
 
-__all__ = ["build_engine", "export_onnx"]
+__all__ = ["Finding", "build_engine", "export_onnx", "lint"]

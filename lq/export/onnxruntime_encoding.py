@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.passes import add_initializer, constant, producer, remove_unused
+from lq.export.graph import add_initializer, constant, producer
+from lq.export.passes import remove_unused
 
 INT8_MIN, INT8_MAX = -128, 127
 REPEATS = "lq.repeats"

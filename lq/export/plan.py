@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lq.export.passes import WEIGHTED
+from lq.export.graph import WEIGHTED
+from lq.export.grid import code_type, passed_on
 
 _FLOATS = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
 }
-_INTEGERS = {
+_CODES = {
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "int8",
     ir.DataType.INT4: "int4",
@@ -36,26 +37,20 @@ def read_plan(model: ir.Model) -> dict[str, str]:
 def _format(value: ir.Value | None) -> str:
     assert value is not None
     source = value.producer()
-    if source is not None and source.op_type == "Transpose":
-        return _format(source.inputs[0])
     if source is not None and source.op_type == "DequantizeLinear":
-        codes = source.inputs[0]
-        assert codes is not None
-        # QuantizeLinear's type is that of its zero-point.
-        quantize = codes.producer()
-        stored = codes if quantize is None else quantize.inputs[2]
-        return _INTEGERS.get(_dtype(stored), "unknown")
+        dtype = code_type(source)
+        return _CODES.get(dtype, "unknown") if dtype is not None else "unknown"
+    formats = {_format(x) for x in passed_on(source)} if source is not None else set()
+    if formats:
+        return formats.pop() if len(formats) == 1 else "fp32"
     return _FLOATS.get(_dtype(value), "fp32")
 
 
-def _dtype(value: ir.Value | None) -> ir.DataType:
-    if value is not None and value.const_value is not None:
-        return value.const_value.dtype
-    if value is not None and value.producer() is not None:
-        node = value.producer()
-        assert node is not None
-        if node.op_type == "Cast":
-            return ir.DataType(node.attributes["to"].as_int())
-        if node.op_type == "Constant":
-            return ir.convenience.get_const_tensor(value).dtype  # type: ignore[union-attr]
-    return value.dtype if value is not None and value.dtype is not None else ir.DataType.FLOAT
+def _dtype(value: ir.Value) -> ir.DataType:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is not None:
+        return tensor.dtype
+    node = value.producer()
+    if node is not None and node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    return value.dtype if value.dtype is not None else ir.DataType.FLOAT

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from lq.spec import QuantSpec
+from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import quantized_layers
 
 TARGETS: dict[str, frozenset[str]] = {
-    "tensorrt": frozenset({"int8", "fp16", "bf16", "fp32"}),
-    "onnxruntime": frozenset({"int8", "fp16", "bf16", "fp32"}),
+    "tensorrt": frozenset({"int8", "int4", "fp8_e4m3", "fp16", "bf16", "fp32"}),
+    "onnxruntime": frozenset({"int8", "int4", "fp16", "bf16", "fp32"}),
     "openvino": frozenset({"int8", "fp32"}),
 }
-"""Target -> formats of weights and inputs it runs. A new target is a row here."""
+"""Target -> formats it runs. A new target is a row here."""
+STORED_ONLY = frozenset({"int4"})
+"""Formats of weights that are dequantized before they are multiplied."""
 
 
 def check_target(model: nn.Module, target: str) -> None:
@@ -22,11 +24,11 @@ def check_target(model: nn.Module, target: str) -> None:
             f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}."
         )
     for name, layer in quantized_layers(model).items():
-        for part, spec in (
-            ("weights", layer.layer_spec.weights),
-            ("inputs", layer.layer_spec.inputs),
+        spec = layer.layer_spec
+        for part, reason in (
+            ("weights", _refusal(spec.weights, target) or _mixture(spec)),
+            ("inputs", _refusal(spec.inputs, target)),
         ):
-            reason = _refusal(spec, target)
             if reason:
                 raise ValueError(
                     f"{target} cannot run layer {name!r}: its {part} are {reason}. Give it another "
@@ -40,3 +42,12 @@ def _refusal(spec: QuantSpec, target: str) -> str | None:
     if not spec.signed:
         return "unsigned, and it runs signed integers with zero-point 0"
     return None
+
+
+def _mixture(spec: LayerSpec) -> str | None:
+    weights, inputs = spec.weights.format, spec.inputs.format
+    if (weights == inputs and weights not in STORED_ONLY) or not spec.inputs.needs_scale:
+        return None
+    if inputs in STORED_ONLY:
+        return f"{weights} and its inputs {inputs}, a format for weights alone"
+    return f"{weights} and its inputs {inputs}, which are not multiplied with each other"

@@ -8,18 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes import common
 from onnxscript import opset18 as op
-from onnxscript.optimizer import fold_constants
-from torch import Tensor, nn
+from torch import nn
 
 from lq.calibration import eval_mode, model_inputs, quantizer_mode
 from lq.export import passes
 from lq.export.onnxruntime_encoding import encode_for_onnxruntime
+from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 OPSET = 18
-BF16_OPSET = 22
-"""The first opset whose Conv takes bfloat16."""
+OPSETS = {"fp8_e4m3": 19, "int4": 21, "bf16": 22}
+"""The first opset whose QuantizeLinear, or for bf16 whose Conv, takes a format, if not 18."""
+CODES = {127: np.int8, 255: np.uint8, 7: ml_dtypes.int4, FP8_MAX: ml_dtypes.float8_e4m3fn}
+"""Largest code -> how codes are stored."""
 
 
 def export_onnx(
@@ -42,13 +44,14 @@ def export_onnx(
     target: str = "tensorrt",
     batches: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
+    dynamic_image: bool = False,
 ) -> ParityReport:
     """Export a model to ONNX and check the file against it on real data.
 
     Quantized layers become QuantizeLinear/DequantizeLinear with weights stored as integers and
-    BatchNorm folded into the weight scales; fp16 and bf16 layers become casts. The opset is 18,
-    or 22 where a layer is bf16. The model may be on any device and in any mode, and is left as it
-    was.
+    BatchNorm folded into the weight scales; fp16 and bf16 layers become casts. The opset is 18;
+    where a layer is fp8 19, int4 21, bf16 22. The model may be on any device and in any mode, and
+    is left as it was.
 
     Args:
         model: A quantized and calibrated model, or a float one.
@@ -58,6 +61,7 @@ def export_onnx(
             ``"onnxruntime"``, for which the same integers are encoded as its CPU kernels want.
         batches: Batches for the parity check; the sample if not given.
         dynamic_batch: Let the first axis of all inputs vary.
+        dynamic_image: Let height and width, the third and fourth axis of all images, vary.
 
     Returns:
         How far the file agrees with the model (see ``lq.parity``).
@@ -71,7 +75,7 @@ def export_onnx(
     check_target(model, target)
     _check_float32(model)
     with written_whole(path) as temporary:
-        graph = trace(model, sample, dynamic_batch)
+        graph = trace(model, sample, dynamic_batch, dynamic_image)
         if target == "onnxruntime":
             encode_for_onnxruntime(graph.graph)
         ir.save(graph, temporary)
@@ -86,15 +90,23 @@ def export_onnx(
     return report
 
 
-def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model:
-    """Return a model as an ONNX graph with integer weights and readable names."""
+def trace(
+    model: nn.Module, sample: Any, dynamic_batch: bool = True, dynamic_image: bool = False
+) -> ir.Model:
+    """Return a model as an ONNX graph with integer weights and readable names.
+
+    Raises:
+        ValueError: If height and width are to vary and the model fixes them.
+    """
     args, kwargs = model_inputs(model, sample)
     if dynamic_batch:
-        args = tuple(_two_or_more(x) for x in args)
-        kwargs = {name: _two_or_more(x) for name, x in kwargs.items()}
+        args = tuple(two_or_more(x) for x in args)
+        kwargs = {name: two_or_more(x) for name, x in kwargs.items()}
     with eval_mode(model), quantizer_mode(model, Mode.QUANTIZE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model(*args, **kwargs)  # says what is wrong in one line, where an exporter says it in fifty
+        if dynamic_image:
+            check_other_image(model, args, kwargs)
         program = torch.onnx.export(
             model,
             args,
@@ -102,47 +114,44 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
             dynamo=True,
             optimize=False,  # also fuses layers, which would lose their names
             verbose=False,
-            opset_version=BF16_OPSET if _has_bf16(model) else OPSET,
-            dynamic_shapes=_dynamic_shapes(args, kwargs) if dynamic_batch else None,
+            opset_version=_opset(model),
+            dynamic_shapes=dynamic_shapes(args, kwargs, dynamic_batch, dynamic_image),
             custom_translation_table={torch.ops.lq.fake_quantize.default: _quantize_dequantize},
         )
     assert program is not None
-    graph = program.model.graph
+    if dynamic_image:
+        check_image_varies(program.model.graph)
+    _rewrite(program.model)
+    return program.model
+
+
+def _rewrite(model: ir.Model) -> None:
+    """Turn what the exporter wrote into the graph an engine wants, with the same codes in it."""
+    graph = model.graph
     passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
     passes.store_integer_weights(graph)
-    _tidy(program.model)
+    passes.tidy(model)
     passes.store_integer_weights(graph)  # and those that folding made constant
     passes.fold_batchnorm(graph)
+    passes.fix_reshapes(graph)
+    passes.delay_upcasts(graph)
+    passes.cancel_casts(graph)
+    passes.move_quantize_up(graph)
+    passes.remove_requantization(graph)
     passes.remove_unused(graph)
     passes.mark_outputs(graph)
     passes.name_after_modules(graph)
     passes.clear_metadata(graph)
-    return program.model
-
-
-def _tidy(model: ir.Model) -> None:
-    """Fold constants, share what is equal, drop what is unused."""
-    fold_constants(model)
-    ir.passes.Sequential(
-        common.IdentityEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedOpsetsPass(),
-    )(model)
 
 
 def _quantize_dequantize(
     x: Any, scale: Any, qmin: float, qmax: float, axis: int | None = None
 ) -> Any:
     """Write ``lq::fake_quantize`` as QuantizeLinear and DequantizeLinear."""
-    dtype = np.int8 if qmin < 0 else np.uint8
-    assert qmax != FP8_MAX
     shape = () if axis is None else (scale.shape[0],)
-    zero_point = op.Constant(value=ir.tensor(np.zeros(shape, dtype)))
+    zero_point = op.Constant(value=ir.tensor(np.zeros(shape, CODES[qmax])))
     along = {} if axis is None else {"axis": axis}
     codes = op.QuantizeLinear(x, scale, zero_point, **along)
     return op.DequantizeLinear(codes, scale, zero_point, **along)
@@ -157,22 +166,7 @@ def _check_float32(model: nn.Module) -> None:
             )
 
 
-def _has_bf16(model: nn.Module) -> bool:
-    specs = (layer.layer_spec.inputs for layer in quantized_layers(model).values())
-    return any(spec.format == "bf16" for spec in specs)
-
-
-def _two_or_more(x: Any) -> Any:
-    """Repeat a batch of one: the exporter takes a size of one for a constant."""
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
-
-
-def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    batch = torch.export.Dim("batch")
-
-    def shape(x: Any) -> dict[int, Any] | None:
-        return {0: batch} if isinstance(x, Tensor) and x.dim() else None
-
-    if kwargs:
-        return {name: shape(x) for name, x in kwargs.items()}
-    return tuple(shape(x) for x in args)
+def _opset(model: nn.Module) -> int:
+    specs = (layer.layer_spec for layer in quantized_layers(model).values())
+    formats = {part.format for spec in specs for part in (spec.weights, spec.inputs)}
+    return max([OPSET, *(OPSETS[name] for name in formats if name in OPSETS)])
