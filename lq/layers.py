@@ -23,7 +23,11 @@ from lq.quantizer import Quantizer
 from lq.spec import LayerSpec
 
 
-class QuantLayer(nn.Module):
+class Quantized(nn.Module):
+    """What marks the classes that have quantizers: mixins before the float class."""
+
+
+class QuantLayer(Quantized):
     """What all quantized layers share; a mixin before the float class.
 
     Attributes:
@@ -131,11 +135,10 @@ def _family(cls: type) -> type[nn.Module] | None:
     return next((base for base in QUANT_CLASSES if issubclass(cls, base)), None)
 
 
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of a layer without quantizers and parametrizations."""
-    own = type_before_parametrizations(layer)
-    classes = (c for c in own.__mro__ if issubclass(c, nn.Module) and _family(c))
-    return next(c for c in classes if not issubclass(c, QuantLayer))
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module without quantizers and parametrizations."""
+    classes: tuple[type[nn.Module], ...] = type_before_parametrizations(module).__mro__
+    return next(c for c in classes if not issubclass(c, Quantized))
 
 
 @functools.cache
@@ -225,7 +228,7 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
     if weights.axis is not None:
         weights = dataclasses.replace(weights, axis=cls.weight_axis)
         channels = weight.shape[cls.weight_axis] if weights.needs_scale else None
-    _change_class(layer, cls)
+    change_class(layer, cls)
     quantized: Any = layer
     device = weight.device
     quantized.layer_spec = spec
@@ -238,10 +241,10 @@ def detach_quantizers(layer: nn.Module) -> None:
     cls = float_class(layer)
     quantized: Any = layer
     del quantized.input_quantizer, quantized.weight_quantizer, quantized.layer_spec
-    _change_class(layer, cls)
+    change_class(layer, cls)
 
 
-def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change a layer's class, under the one that torch puts on top of parametrized layers."""
     if is_parametrized(layer):
         top = type(layer)
