@@ -85,7 +85,8 @@ class Dataflow:
 
     def child(self, flow: Flow, call: fx.Node) -> str:
         """Return the qualified name of the module that a node calls."""
-        return self._names[id(self.modules[flow.name].get_submodule(str(call.target)))]
+        name: str = self._names[id(self.modules[flow.name].get_submodule(str(call.target)))]
+        return name
 
     def origin(self, flow: Flow, node: fx.Node) -> fx.Node:
         """Return the node that computes a tensor, before it was moved, cut or dropped."""

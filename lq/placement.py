@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from torch import fx, nn
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 
 from lq.dataflow import Dataflow, Flow, Reader
-from lq.layers import is_quantizable
-from lq.residual import operands, residual_operands
+from lq.residual import product_operands, residual_operands
 from lq.sites import OUTPUT, Site, argument_slot
 from lq.spec import LayerSpec, QuantSpec, Recipe
 
@@ -51,15 +52,27 @@ def place(dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -
     return placement
 
 
-def sites_of_type(dataflow: Dataflow) -> dict[str, nn.Module]:
-    """Return the modules besides layers that a rule can name."""
-    return {n: m for n, m in dataflow.modules.items() if not is_quantizable(m)}
+def nameable(dataflow: Dataflow) -> dict[str, nn.Module]:
+    """Return the modules besides layers that a rule may name, by qualified name.
+
+    They are those whose forward adds or multiplies tensors, average pooling and normalization.
+    """
+    return {
+        name: module
+        for name, module in dataflow.modules.items()
+        if _is_pool(module)
+        or _is_norm(module)
+        or (name in dataflow.flows and _combines(dataflow, dataflow.flows[name]))
+    }
+
+
+def _combines(dataflow: Dataflow, flow: Flow) -> bool:
+    found = chain(residual_operands(dataflow, flow, both=False), product_operands(dataflow, flow))
+    return any(True for _ in found)
 
 
 class _Placer:
-    def __init__(
-        self, dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]
-    ) -> None:
+    def __init__(self, dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -> None:
         self.dataflow, self.recipe, self.layers = dataflow, recipe, layers
         self.placement = Placement(
             {Site(n, INPUT): spec.inputs for n, spec in layers.items() if not spec.is_float}
@@ -69,24 +82,18 @@ class _Placer:
         """Place quantizers on the operands of a forward's additions and products."""
         module = self.dataflow.modules[flow.name]
         spec = self.recipe.layer_spec(flow.name, module).inputs
-        by_type = self.recipe.names_type(flow.name, module)
         if not spec.needs_scale:
             return
-        if by_type:
-            wanted = operands(self.dataflow, flow)
-        elif self.recipe.residual is not None:
-            both = self.recipe.residual == "both"
-            wanted = residual_operands(self.dataflow, flow, both)
-        else:
-            return
+        by_type, residual = self.recipe.names_type(flow.name, module), self.recipe.residual
+        wanted = list(product_operands(self.dataflow, flow)) if by_type else []
+        if residual is not None:
+            wanted += residual_operands(self.dataflow, flow, both=residual == "both")
         for tensor in {self.dataflow.origin(flow, node): None for node in wanted}:
             if by_type or self._follows(flow, tensor):
                 self._place(flow, tensor, spec)
 
     def _follows(self, flow: Flow, tensor: fx.Node) -> bool:
         """Return whether an addition quantizes a tensor, going by the modules at its ends."""
-        if self.recipe.names(flow.name, self.dataflow.modules[flow.name]):
-            return True
         readers = list(self.dataflow.readers_of(flow, tensor))
         around = [self.layers[r.name] for r in readers if r.name in self.layers]
         if around:
@@ -124,8 +131,8 @@ class _Placer:
         """Quantize the inputs of pooling and normalization that a rule names by type."""
         for name, module in self.dataflow.modules.items():
             spec = self.recipe.layer_spec(name, module).inputs
-            leaf = name not in self.dataflow.flows and not is_quantizable(module)
-            if leaf and spec.needs_scale and self.recipe.names_type(name, module):
+            named = self.recipe.names_type(name, module)
+            if named and spec.needs_scale and (_is_pool(module) or _is_norm(module)):
                 self.placement.specs[Site(name, INPUT)] = spec
 
     def same_tensor(self) -> Iterator[list[Site]]:
@@ -150,6 +157,10 @@ class _Placer:
 
 def _is_norm(module: nn.Module) -> bool:
     return any(name in c.__name__ for c in type(module).__mro__ for name in _NORMS)
+
+
+def _is_pool(module: nn.Module) -> bool:
+    return isinstance(module, (_AvgPoolNd, _AdaptiveAvgPoolNd))
 
 
 def _runs_all_children(module: nn.Module) -> bool:

@@ -48,12 +48,13 @@ def residual_operands(dataflow: Dataflow, flow: Flow, both: bool) -> Iterator[fx
         flow: The forward.
         both: Yield both operands.
     """
-    depths = tensor_depths(dataflow, flow)
+    depths = tensor_depths(dataflow, flow)  # in the order they are computed
+    order = {node: (depth, i) for i, (node, depth) in enumerate(depths.items())}
     for node in flow.graph.nodes:
         operands = [n for n in node.all_input_nodes if n in depths]
         if function_name(node) not in _ADDITIONS or len(operands) != 2:
             continue
-        first, second = sorted(operands, key=lambda n: (depths[n], depths_order(flow, n)))
+        first, second = sorted(operands, key=order.__getitem__)
         inputs = [dataflow.origin(flow, n).op == "placeholder" for n in operands]
         if depths[second] > 0 or all(inputs):
             yield first
@@ -61,15 +62,10 @@ def residual_operands(dataflow: Dataflow, flow: Flow, both: bool) -> Iterator[fx
                 yield second
 
 
-def depths_order(flow: Flow, node: fx.Node) -> int:
-    """Return when a node is computed."""
-    return list(flow.graph.nodes).index(node)
-
-
-def operands(dataflow: Dataflow, flow: Flow) -> Iterator[fx.Node]:
-    """Yield the tensors that a forward adds and multiplies with one another."""
+def product_operands(dataflow: Dataflow, flow: Flow) -> Iterator[fx.Node]:
+    """Yield the tensors that a forward multiplies with one another."""
     depths = tensor_depths(dataflow, flow)
     for node in flow.graph.nodes:
-        tensors = [n for n in node.all_input_nodes if n in depths]
-        if function_name(node) in _ADDITIONS + _PRODUCTS and len(tensors) > 1:
-            yield from tensors
+        operands = [n for n in node.all_input_nodes if n in depths]
+        if function_name(node) in _PRODUCTS and len(operands) > 1:
+            yield from operands

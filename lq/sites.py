@@ -59,8 +59,8 @@ class QuantSites(Quantized):
 
 
 def _new(cls: type[nn.Module], is_layer: bool) -> nn.Module:
-    below = quantized_class(cls) if is_layer else cls
-    made = _class_with_sites(below)
+    below: Any = quantized_class(cls) if is_layer else cls  # type: ignore[arg-type]
+    made: type[QuantSites] = _class_with_sites(below)
     return made.__new__(made)
 
 
@@ -101,6 +101,6 @@ def detach(module: nn.Module) -> dict[str, Quantizer]:
     taken = {slot: getattr(module, slot) for slot in module.quantizer_slots}
     for slot in (*taken, "quantizer_slots"):
         delattr(module, slot)
-    classes = type_before_parametrizations(module).__mro__
-    change_class(module, next(c for c in classes if not issubclass(c, QuantSites)))
+    _, below = type_before_parametrizations(module).__bases__
+    change_class(module, below)
     return taken

@@ -274,19 +274,23 @@ class Recipe:
                 spec = rule.apply(spec)
         return spec
 
-    def names(self, name: str, module: nn.Module) -> bool:
-        """Return whether a rule applies to a module of that qualified name."""
-        return any(rule.matches(name, module) for rule in self.rules)
-
     def names_type(self, name: str, module: nn.Module) -> bool:
         """Return whether a rule with a `type` applies to a module of that qualified name."""
         return any(rule.type is not None and rule.matches(name, module) for rule in self.rules)
 
-    def check_rules(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raise a ``ValueError`` for the first rule that matches none of `layers`."""
+    def check_rules(
+        self, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Raise a ``ValueError`` for the first rule that matches none of the modules.
+
+        Args:
+            layers: Modules by name; the error gives the nearest spelling of one of them.
+            others: Modules besides layers that a rule may name.
+        """
+        modules = {**layers, **(others or {})}
         types = sorted({n for layer in layers.values() for n in type_names(layer)})
         for rule in self.rules:
-            if not any(rule.matches(name, layer) for name, layer in layers.items()):
+            if not any(rule.matches(name, module) for name, module in modules.items()):
                 given, valid = (
                     (rule.name, list(layers)) if rule.name is not None else (rule.type, types)
                 )
