@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply by a weight."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 _CALL = "lq.call"
 OUTPUT_OF = "lq.output_of"
 """Metadata of a node: the module whose output is the node's."""
@@ -25,7 +25,7 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 def scope(node: ir.Node) -> str:
     """Return the qualified name of the torch module a node comes from."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lq.calibration import eval_mode, model_inputs, quantizer_mode
 from lq.export import passes
+from lq.export.shared import name_shared_quantizers
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
@@ -104,6 +105,7 @@ def trace(model: nn.Module, sample: Any, dynamic_batch: bool = True) -> ir.Model
         )
     assert program is not None
     graph = program.model.graph
+    name_shared_quantizers(graph, model)
     passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
