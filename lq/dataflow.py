@@ -101,7 +101,8 @@ class Dataflow:
             return named or isinstance(module, _TRANSPARENT_MODULES)
         name = function_name(node)
         if name == "pad":  # zeros are on every grid
-            return len(node.args) + len(node.kwargs) == 2
+            mode, value = (node.kwargs.get(key) for key in ("mode", "value"))
+            return len(node.args) == 2 and mode in (None, "constant") and not value
         if name == "getitem" and isinstance(node.args[1], int):
             return not _calls(node.args[0])  # one of several outputs
         return name in _TRANSPARENT
@@ -191,14 +192,17 @@ def _bound(module: nn.Module, call: fx.Node) -> dict[str, Any]:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Return whether to look into a forward: not a layer's, nor one that torch implements."""
+    """Return whether to look into a forward: not a layer's, nor one that torch implements.
+
+    A module without children is looked into where it may add the two tensors it takes.
+    """
     cls = float_class(module)
     if is_quantizable(module) or cls.forward is nn.Module.forward:
         return False
-    written_here = not cls.__module__.startswith("torch.nn.")
-    takes_two = len(_required(cls)) > 1
+    if cls.__module__.startswith("torch."):
+        return any(is_quantizable(m) for m in module.modules())
     has_children = any(not isinstance(child, Quantizer) for child in module.children())
-    return has_children or (written_here and takes_two)
+    return has_children or len(_required(cls)) > 1
 
 
 def _required(cls: type[nn.Module]) -> list[str]:

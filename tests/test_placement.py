@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models.mobilenetv3 import SqueezeExcitation
-from torchvision.ops import StochasticDepth
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 import lq
 from lq.qat import copy_scales
@@ -491,7 +490,7 @@ def test_policy(make: Any, shape: Any, type: str, added: list[str]) -> None:
 
 
 def test_a_wrong_residual_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="shortcut, both or null.*did you mean 'both'"):
+    with pytest.raises(ValueError, match=r"shortcut, both or null.*did you mean 'both'"):
         lq.quantize(make(Block), {"residual": "bth"})
 
 

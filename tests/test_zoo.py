@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,16 @@ def _vit() -> nn.Module:
     return model
 
 
+def _mobilenet_v3() -> nn.Module:
+    block = partial(tv.mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
+    blocks = [
+        block(16, 3, 16, 16, True, "RE", stride=2),
+        block(16, 3, 72, 24, False, "RE", stride=1),
+        block(24, 5, 96, 24, True, "HS", stride=1),
+    ]
+    return tv.MobileNetV3(blocks, 64, num_classes=10)
+
+
 def _swin() -> nn.Module:
     return tv.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10)
 
@@ -63,10 +74,15 @@ AUXILIARY = {"rules": [{"name": "aux*", "format": "skip"}]}  # they run in train
 CASES = {
     "resnet18": Case(lambda: tv.resnet18(num_classes=10), 8),
     "resnet50": Case(lambda: tv.resnet50(num_classes=10), 16, slow=True),
-    "mobilenet_v2": Case(lambda: tv.mobilenet_v2(num_classes=10), 10),
-    "mobilenet_v3_small": Case(lambda: tv.mobilenet_v3_small(num_classes=10), 6),
+    "mobilenet_v2": Case(
+        lambda: tv.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 3, 2]]), 2
+    ),
+    "mobilenet_v2-whole": Case(lambda: tv.mobilenet_v2(num_classes=10), 10, slow=True),
+    "mobilenet_v3": Case(_mobilenet_v3, 1),
+    "mobilenet_v3_small": Case(lambda: tv.mobilenet_v3_small(num_classes=10), 6, slow=True),
     "efficientnet_b0": Case(lambda: tv.efficientnet_b0(num_classes=10), 9, slow=True),
-    "shufflenet_v2": Case(lambda: tv.shufflenet_v2_x1_0(num_classes=10), 0),
+    "shufflenet_v2": Case(lambda: tv.ShuffleNetV2([2, 2, 1], [24, 48, 96, 192, 256]), 0),
+    "shufflenet_v2_x1_0": Case(lambda: tv.shufflenet_v2_x1_0(num_classes=10), 0, slow=True),
     "densenet": Case(lambda: tv.DenseNet(16, (2, 2), 16, num_classes=10), 0),
     "densenet121": Case(lambda: tv.densenet121(num_classes=10), 0, slow=True),
     "googlenet": Case(
@@ -80,7 +96,7 @@ CASES = {
     "swin": Case(_swin, 0, left=READ),
     "swin_t": Case(lambda: tv.swin_t(num_classes=10), 0, left=READ, slow=True),
     "timm-resnet18": Case(lambda: timm.create_model("resnet18"), 8, slow=True),
-    "timm-efficientnet_lite0": Case(lambda: timm.create_model("efficientnet_lite0"), 9),
+    "timm-efficientnet_lite0": Case(lambda: timm.create_model("efficientnet_lite0"), 9, slow=True),
     "timm-repvgg_a0": Case(lambda: timm.create_model("repvgg_a0"), 40, slow=True),
     "timm-deit_tiny": Case(
         lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3), 0
