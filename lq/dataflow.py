@@ -135,8 +135,8 @@ class Dataflow:
             for name, value in _bound(module, call).items()
         }
         if isinstance(module, nn.MultiheadAttention):  # has one quantizer for all three
-            same = len({given.get(name) for name in ("query", "key", "value")}) == 1
-            given = {"query": given["query"]} if same else {}
+            query, *others = (given.get(name) for name in ("query", "key", "value"))
+            given = {"query": query} if others == [query, query] else {}
         return [name for name, value in given.items() if value is tensor]
 
     def maker(self, flow: Flow, tensor: fx.Node) -> str | None:
