@@ -46,8 +46,8 @@ def place(dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -
         placer.place_operands(flow)
     placer.place_named_modules()
     placement = placer.placement
-    if recipe.residual is not None and recipe.inputs.needs_scale:
-        placement.left |= dataflow.untraced
+    if recipe.residual is not None:
+        placement.left |= placer.untraced()
     placement.groups = _joined(placement.specs, placer.same_tensor())
     return placement
 
@@ -55,13 +55,15 @@ def place(dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -
 def nameable(dataflow: Dataflow) -> dict[str, nn.Module]:
     """Return the modules besides layers that a rule may name, by qualified name.
 
-    They are those whose forward adds or multiplies tensors, average pooling and normalization.
+    They are those whose forward adds or multiplies tensors, or may do so; average pooling and
+    normalization.
     """
     return {
         name: module
         for name, module in dataflow.modules.items()
         if _is_pool(module)
         or _is_norm(module)
+        or name in dataflow.untraced
         or (name in dataflow.flows and _combines(dataflow, dataflow.flows[name]))
     }
 
@@ -134,6 +136,14 @@ class _Placer:
             named = self.recipe.names_type(name, module)
             if named and spec.needs_scale and (_is_pool(module) or _is_norm(module)):
                 self.placement.specs[Site(name, INPUT)] = spec
+
+    def untraced(self) -> dict[str, str]:
+        """Return the modules that may add and cannot be looked into, unless a rule skips them."""
+        return {
+            name: reason
+            for name, reason in self.dataflow.untraced.items()
+            if self.recipe.layer_spec(name, self.dataflow.modules[name]).inputs.needs_scale
+        }
 
     def same_tensor(self) -> Iterator[list[Site]]:
         """Yield the places that see one tensor, for every tensor of every forward."""

@@ -236,6 +236,19 @@ def test_quantizing_again_keeps_ranges_and_restores_what_a_rule_took() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_norms_that_were_replaced_are_quantized_again() -> None:
+    model, x = calibrated(make(Down))
+    expected = model(x)
+    quantizer = model[0].downsample[1].output_quantizer
+
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    lq.quantize(model, "tensorrt_int8")
+
+    assert isinstance(model[0].downsample[1], nn.SyncBatchNorm)
+    assert model[0].downsample[1].output_quantizer is quantizer
+    torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize(
     "clone",
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: AveragedModel(m).module],
@@ -340,6 +353,8 @@ class TestLeft:
         assert reason in caplog.text
         assert model(x).isfinite().all()
         assert not left_float(lq.quantize(model, {"residual": None}))
+        skip = {"rules": [{"name": "0", "format": "skip"}]}
+        assert not left_float(lq.quantize(model, skip))
 
 
 def test_tracing_changes_nothing() -> None:

@@ -97,7 +97,7 @@ CASES = {
     "swin_t": Case(lambda: tv.swin_t(num_classes=10), 0, left=READ, slow=True),
     "timm-resnet18": Case(lambda: timm.create_model("resnet18"), 8, slow=True),
     "timm-efficientnet_lite0": Case(lambda: timm.create_model("efficientnet_lite0"), 9, slow=True),
-    "timm-repvgg_a0": Case(lambda: timm.create_model("repvgg_a0"), 40, slow=True),
+    "timm-repvgg_a0": Case(lambda: timm.create_model("repvgg_a0"), 39, slow=True),
     "timm-deit_tiny": Case(
         lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3), 0
     ),
@@ -109,7 +109,7 @@ CASES = {
 }
 
 
-def batch(size: int) -> Tensor:
+def images(size: int) -> Tensor:
     """Two images that are as smooth as photographs, near and far."""
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     coarse = F.interpolate(F.avg_pool2d(noise, 8) * 8, size=(size, size), mode="bilinear")
@@ -128,8 +128,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 )
 def test_works_without_edits(case: Case, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = case.make().eval(), batch(case.image)
-    settle_batchnorm(model, x)
+    model, x = case.make().eval(), images(case.image)
     with torch.no_grad():
         expected = tensors(model(x))
 
@@ -147,17 +146,6 @@ def test_works_without_edits(case: Case, tmp_path: Path) -> None:
     report = lq.export_onnx(model.eval(), x, tmp_path / "model.onnx")
     assert report.max_code_difference <= 1
     assert report.top1_agreement == 1.0
-
-
-def settle_batchnorm(model: nn.Module, x: Tensor) -> None:
-    """Give BatchNorm the statistics of the images, as training would."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        model(x)
-    model.eval()
 
 
 def added(model: nn.Module) -> int:
