@@ -129,9 +129,10 @@ def quantize(model: ModuleT, recipe: Recipe | str | Path | Mapping[str, Any]) ->
         )
     recipe.check_rules(layers, nameable(dataflow))
     specs = {name: recipe.layer_spec(name, layer) for name, layer in layers.items()}
-    for name, spec in list(specs.items()):
-        for projection in _output_projection(name, layers[name]) if spec.is_float else ():
-            specs[projection] = FLOAT_LAYER
+    for name, layer in layers.items():
+        uncalled = _output_projection(name, layer) if specs[name].is_float else {}
+        specs |= dict.fromkeys(uncalled, FLOAT_LAYER)
+        left |= uncalled
     placement = place(dataflow, recipe, specs)
     previous = _take_sites(model)
     for name, spec in specs.items():

@@ -161,15 +161,15 @@ def test_what_cannot_be_quantized_is_named_with_its_output_projection(
 
 
 def test_a_float_attention_has_a_float_output_projection() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
-    rules = {"rules": [{"name": "0", "format": "skip"}]}
+    def quantized() -> nn.Module:
+        model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+        return lq.quantize(model, {"rules": [{"name": "0", "format": "skip"}]})
 
-    lq.quantize(model, rules)
+    model = quantized()
 
     assert list(quantized_layers(model)) == ["1"]
-    lq.quantize(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8)), rules).load_state_dict(
-        model.state_dict()
-    )
+    assert list(left_float(model)) == ["0.out_proj"]
+    quantized().load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

@@ -56,7 +56,7 @@ def _mobilenet_v3() -> nn.Module:
 
 
 def _swin() -> nn.Module:
-    return tv.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10)
+    return tv.SwinTransformer([4, 4], 32, [2], [2], [4, 4], num_classes=10)
 
 
 def _convnext() -> nn.Module:
