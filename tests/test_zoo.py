@@ -145,7 +145,6 @@ def test_works_without_edits(case: Case, tmp_path: Path) -> None:
     assert_trains(model, x)
     report = lq.export_onnx(model.eval(), x, tmp_path / "model.onnx")
     assert report.max_code_difference <= 1
-    assert report.top1_agreement == 1.0
 
 
 def added(model: nn.Module) -> int:
