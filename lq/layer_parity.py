@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lq.functional import FP8_MAX, encode, sqnr_db
 from lq.quantizer import Quantizer
+from lq.sites import OUTPUT
 from lq.surgery import quantizers
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ class Recorder:
         modules = dict(model.named_modules())
         self.quantizers = {n: q for n, q in quantizers(model).items() if q.spec.axis is None}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}
-        self.layers = {name: modules[name] for name in layers if name in modules}
+        # Where a module quantizes its output, the codes of that quantizer are compared instead.
+        self.layers = {
+            name: modules[name]
+            for name in layers
+            if name in modules and not hasattr(modules[name], OUTPUT)
+        }
         self.returned: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
     def __enter__(self) -> Recorder:

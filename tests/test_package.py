@@ -17,10 +17,11 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"functional", "files", "formats", "gemm", "messages"},
+    {"attention", "functional", "files", "formats", "gemm", "messages", "tracing"},
     {"spec"},
     {"observers", "calibrators", "quantizer"},
     {"layers"},
+    {"sites", "dataflow", "residual", "placement"},
     {"state", "surgery", "calibration", "checkpoint", "qat"},
     {"export"},
     {"engines"},

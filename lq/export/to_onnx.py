@@ -20,6 +20,7 @@ from lq.calibration import eval_mode, model_inputs, quantizer_mode
 from lq.export import passes
 from lq.export.onnxruntime_encoding import encode_for_onnxruntime
 from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
+from lq.export.shared import name_shared_quantizers
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
@@ -121,13 +122,15 @@ def trace(
     assert program is not None
     if dynamic_image:
         check_image_varies(program.model.graph)
+    name_shared_quantizers(program.model.graph, model)
     _rewrite(program.model)
     return program.model
 
 
 def _rewrite(model: ir.Model) -> None:
-    """Turn what the exporter wrote into the graph an engine wants, with the same codes in it."""
+    """Turn what the exporter wrote into the graph an engine wants; nothing changes a result."""
     graph = model.graph
+    passes.number_calls(graph)
     passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.
     passes.fold_weight_casts(graph)
