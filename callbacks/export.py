@@ -30,8 +30,8 @@ class Export(L.Callback):
     Args:
         path: ONNX file to write.
         module: Submodule to export; a QuantModule's model, or the whole module, if not given.
-        target: What will run it: ``tensorrt``.
-        engine: Build a TensorRT engine too.
+        target: What will run it: ``tensorrt``, ``onnxruntime`` or ``openvino``.
+        engine: For ``tensorrt``, build an engine too.
         batches: How many batches the parity check compares.
     """
 
@@ -128,7 +128,7 @@ class Export(L.Callback):
             self._part(pl_module), self._seen[0], self.path, target=self.target, batches=self._seen
         )
         log.info("Wrote %s", self.path)
-        if self.engine:
+        if self.engine and self.target == "tensorrt":
             self._build()
 
     def _build(self) -> None:

@@ -16,7 +16,8 @@ from lq.collector import RangeCollector
 from lq.modes import set_mode
 from lq.qat import copy_scales, freeze_batchnorm, freeze_scales, learns_scales
 from lq.quantizer import Mode
-from lq.surgery import is_calibrated, quantized_layers
+from lq.state import recipe_of
+from lq.surgery import is_calibrated, quantize, quantized_layers
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class QuantizationAwareTraining(L.Callback):
         """Leave the quantizers idle until they know their ranges."""
         target = target_module(pl_module, self.module)
         check_still_quantized(target, self._layers)
+        _quantize_new_norms(target)
         set_mode(target, Mode.QUANTIZE if is_calibrated(target) else Mode.BYPASS)
 
     def on_train_batch_start(
@@ -175,6 +177,13 @@ class QuantizationAwareTraining(L.Callback):
                 f"Expected `start_epoch` to be below the trainer's max_epochs, {epochs}, but got "
                 f"{self.start_epoch}: nothing would be quantized."
             )
+
+
+def _quantize_new_norms(target: nn.Module) -> None:
+    """Quantize again the outputs of BatchNorm layers that ``sync_batchnorm`` has replaced."""
+    recipe = recipe_of(target)
+    if recipe is not None and any(isinstance(m, nn.SyncBatchNorm) for m in target.modules()):
+        quantize(target, recipe)
 
 
 def _averaging(trainer: L.Trainer) -> list[L.Callback]:

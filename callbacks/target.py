@@ -14,7 +14,7 @@ from lq.messages import suggest
 from lq.module import QuantModule
 from lq.spec import Recipe
 from lq.state import recipe_of
-from lq.surgery import quantizable_layers, quantize, quantized_layers
+from lq.surgery import left_float, quantizable_layers, quantize, quantized_layers
 
 
 def target_module(pl_module: L.LightningModule, name: str | None) -> nn.Module:
@@ -76,7 +76,8 @@ def check_still_quantized(target: nn.Module, planned: Mapping[str, nn.Module]) -
 
 
 def _left_float(target: nn.Module) -> set[str]:
-    """Return the layers that the recipe leaves float."""
+    """Return the layers that are float by the recipe or because of what they are."""
     recipe = recipe_of(target)
     layers = quantizable_layers(target)[0]
-    return {n for n, layer in layers.items() if recipe and recipe.layer_spec(n, layer).is_float}
+    chosen = {n for n, layer in layers.items() if recipe and recipe.layer_spec(n, layer).is_float}
+    return chosen | left_float(target).keys()

@@ -47,8 +47,8 @@ class Trainer(L.Trainer):
             datamodule: Gives the sample and the batches for the parity check.
             ckpt_path: Checkpoint to export.
             path: ONNX file to write; the engine lies beside it.
-            target: What will run it: tensorrt.
-            engine: Build a TensorRT engine too.
+            target: What will run it: tensorrt, onnxruntime or openvino.
+            engine: For tensorrt, build an engine too.
             batches: How many batches the parity check compares.
         """
         if ckpt_path is None:
@@ -58,14 +58,13 @@ class Trainer(L.Trainer):
             target_module(model, None), samples[0], path, target=target, batches=samples
         )
         print(f"Wrote {path}: {report.summary()}")
-        if engine and find_builder() is None:
+        if target != "tensorrt" or not engine:
+            return
+        if find_builder() is None:
             print(f"Kept {path} without an engine: {INSTALL}")
-        elif engine:
+        else:
             info = build_engine(path, Path(path).with_suffix(".engine"))
-            print(
-                f"Wrote {Path(path).with_suffix('.engine')}: {info.size_mb:.2f} MB for "
-                f"{info.compute_capability}, {info.builder}"
-            )
+            print(f"Wrote {Path(path).with_suffix('.engine')}: {info.summary()}")
 
     def calibrate(
         self,

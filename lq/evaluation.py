@@ -46,12 +46,16 @@ class Evaluation:
     simulated: bool
 
 
-def evaluate(model: nn.Module | str | Path | Runner, batches: Iterable[Any]) -> Evaluation:
+def evaluate(
+    model: nn.Module | str | Path | Runner, batches: Iterable[Any], engine: str | None = None
+) -> Evaluation:
     """Measure top-1, top-5, latency and size of a torch model, an ONNX file or an engine.
 
     Args:
         model: A module, the path of an ``.onnx`` or ``.engine`` file, or an open runner.
         batches: (input, target) pairs; targets are class numbers ``[N]``.
+        engine: What runs an ``.onnx`` file: ``"onnxruntime"``, unless said otherwise, or
+            ``"openvino"``.
 
     Raises:
         ValueError: If `batches` is empty or has no targets, or an output is not finite.
@@ -62,7 +66,7 @@ def evaluate(model: nn.Module | str | Path | Runner, batches: Iterable[Any]) -> 
         >>> round(result.top1, 3), result.top5, result.n
         (0.667, 1.0, 3)
     """
-    runner = open_engine(model)
+    runner = open_engine(model, engine)
     module = runner.model if isinstance(runner, TorchRunner) else _CPU
     with runner.many_runs():
         return _measured(runner, module, batches)

@@ -11,6 +11,18 @@ TENSOR_CORE = 16
 """Products with fewer rows or columns than this gain nothing from integer tensor cores."""
 
 
+def weight_of(layer: nn.Module) -> Tensor | None:
+    """Return the matrix a layer multiplies by; of ``nn.MultiheadAttention`` that of its inputs.
+
+    Example:
+        >>> weight_of(nn.MultiheadAttention(8, 2)).shape
+        torch.Size([24, 8])
+    """
+    name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    weight = getattr(layer, name, None)
+    return weight if isinstance(weight, Tensor) else None
+
+
 def gemm_size(layer: nn.Module) -> tuple[int, int] | None:
     """Return the size ``(K, N)`` of a layer's product in each group, ``None`` without a weight.
 
@@ -23,8 +35,8 @@ def gemm_size(layer: nn.Module) -> tuple[int, int] | None:
         >>> gemm_size(nn.Conv2d(32, 32, 3, groups=32))
         (9, 1)
     """
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    weight = weight_of(layer)
+    if weight is None or weight.dim() < 2:
         return None
     groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
     return product_size(weight.shape, groups, transposed)

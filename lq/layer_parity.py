@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lq.functional import FP8_MAX, encode, sqnr_db
 from lq.quantizer import Quantizer
+from lq.sites import OUTPUT
 from lq.surgery import quantizers
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ class Recorder:
         modules = dict(model.named_modules())
         self.quantizers = {n: q for n, q in quantizers(model).items() if q.spec.axis is None}
         self.given: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}
-        self.layers = {name: modules[name] for name in layers if name in modules}
+        # Where a module quantizes its output, the codes of that quantizer are compared instead.
+        self.layers = {
+            name: modules[name]
+            for name in layers
+            if name in modules and not hasattr(modules[name], OUTPUT)
+        }
         self.returned: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
     def __enter__(self) -> Recorder:
@@ -132,6 +138,7 @@ class CutGraph:
         self.layers: dict[str, tuple[str, str]] = {}
         self.computed: dict[str, str] = {}
         self.codes: dict[str, str] = {}
+        self.bounds: dict[str, tuple[float, float]] = {}
         self.moved = {node.metadata_props.get(QUANTIZED_BY) for node in graph} - {None}
         for node in list(graph):
             name = str(node.name)
@@ -143,7 +150,7 @@ class CutGraph:
             moved = node.metadata_props.get(QUANTIZED_BY)
             if moved is not None:
                 self._cut_after(graph, moved, node.outputs[0])
-            elif node.op_type == "QuantizeLinear" and _quantizer(name) not in self.moved:
+            elif _is_cut(node) and _quantizer(name) not in self.moved:
                 self._cut_before(graph, name, node)
         self.runner = OnnxRuntimeRunner.from_graph(model, optimize=False)
         self.min_sqnr_db = MIN_16_BIT_LAYER_SQNR_DB if self.runner.simulates else MIN_LAYER_SQNR_DB
@@ -152,6 +159,9 @@ class CutGraph:
         """Feed a QuantizeLinear from torch, and see what it makes of it."""
         value, dequantize = quantize.inputs[0], next(node for node, _ in quantize.outputs[0].uses())
         assert value is not None
+        if dequantize.op_type == "Clip":
+            self.bounds[name] = _bounds(quantize, dequantize)
+            dequantize = next(node for node, _ in dequantize.outputs[0].uses())
         quantize.replace_input_with(0, self._feed(graph, name, value))
         self.codes[name] = self._tap(graph, dequantize.outputs[0])
         if value.producer() is not None:
@@ -193,12 +203,32 @@ class CutGraph:
                 self._note(LayerParity(name, sqnr_db=sqnr, min_sqnr_db=self.min_sqnr_db))
         for name, (quantizer, x) in given.items():
             expected = _codes(quantizer, x)
-            for taps in (self.codes, self.computed):
-                if name in taps:
-                    self._note(_code_parity(name, expected, _codes(quantizer, results[taps[name]])))
+            if name in self.codes:
+                self._note(
+                    _code_parity(name, expected, _codes(quantizer, results[self.codes[name]]))
+                )
+            if name in self.computed:
+                computed = _codes(quantizer, results[self.computed[name]])
+                bounds = self.bounds.get(name, (-math.inf, math.inf))
+                self._note(_code_parity(name, expected, computed.clamp(*bounds)))
 
     def _note(self, found: LayerParity) -> None:
         self.figures[found.layer] = found.worse(self.figures[found.layer])
+
+
+def _is_cut(node: ir.Node) -> bool:
+    from lq.export.onnxruntime_encoding import REPEATS
+
+    return node.op_type == "QuantizeLinear" and REPEATS not in node.metadata_props
+
+
+def _bounds(quantize: ir.Node, clip: ir.Node) -> tuple[int, int]:
+    """Return the codes that a QuantizeLinear is clipped to, counted from its zero-point."""
+    from lq.export.passes import constant
+
+    values = [constant(value) for value in (quantize.inputs[2], *clip.inputs[1:3])]
+    zero, low, high = (int(value) for value in values if value is not None)
+    return low - zero, high - zero
 
 
 def _quantizer(node: str) -> str:

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from lq.attention import attend, merged_mask
 from lq.functional import is_exporting, round_to_dtype
+from lq.gemm import weight_of
 from lq.quantizer import Quantizer
 from lq.spec import LayerSpec
 
 
-class QuantLayer(nn.Module):
+class Quantized(nn.Module):
+    """What marks the classes that have quantizers: mixins before the float class."""
+
+
+class QuantLayer(Quantized):
     """What all quantized layers share; a mixin before the float class.
 
     Attributes:
@@ -87,6 +93,75 @@ class _QuantLinear(QuantLayer):
         return self.result(F.linear(quantized, weight, bias), input)
 
 
+class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with quantizers on the projection of query, key and value.
+
+    One quantizer serves all three inputs. The output projection is a layer by itself; the products
+    of attention run in float.
+    """
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight of the projections, ``[3 E, E]``."""
+        return self.in_proj_weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the projections, ``[3 E]``."""
+        return self.in_proj_bias
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output and, if wanted, the attention's weights, as the float class does."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Expected `attn_mask` where `is_causal` is set, but got none.")
+        batched = query.dim() == 3
+        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask[None]
+        mask = merged_mask(attn_mask, key_padding_mask, query, self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
+        if need_weights:
+            output, weights = attend(q, k, v, mask, dropout)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        else:
+            output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        output = output.transpose(1, 2).flatten(2)
+        return self.out_proj(self._layout(output, batched)), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        quantized, weight, bias = self.operands(query)
+        if query is key and key is value:
+            projected: Tensor = self.result(F.linear(quantized, weight, bias), query)
+            return projected.chunk(3, -1)
+        inputs = quantized, self.input_quantizer(key), self.input_quantizer(value)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        parts = zip(inputs, weight.chunk(3), biases, strict=True)
+        return tuple(self.result(F.linear(x, w, b), query) for x, w, b in parts)
+
+    def _layout(self, x: Tensor, batched: bool) -> Tensor:
+        """Return ``[N, L, E]`` in the module's own layout, or from it."""
+        if not batched:
+            return x[0] if x.dim() == 3 else x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """Return ``[N, heads, L, D]``."""
+        x = self._layout(x, batched)
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """``nn.Conv1d`` with quantizers."""
 
@@ -123,6 +198,7 @@ QUANT_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
+    nn.MultiheadAttention: QuantMultiheadAttention,
 }
 """Float layer class -> quantized class. A new kind of layer is a class and a row here."""
 
@@ -131,11 +207,10 @@ def _family(cls: type) -> type[nn.Module] | None:
     return next((base for base in QUANT_CLASSES if issubclass(cls, base)), None)
 
 
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of a layer without quantizers and parametrizations."""
-    own = type_before_parametrizations(layer)
-    classes = (c for c in own.__mro__ if issubclass(c, nn.Module) and _family(c))
-    return next(c for c in classes if not issubclass(c, QuantLayer))
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module without quantizers and parametrizations."""
+    classes: tuple[type[nn.Module], ...] = type_before_parametrizations(module).__mro__
+    return next(c for c in classes if not issubclass(c, Quantized))
 
 
 @functools.cache
@@ -150,7 +225,9 @@ def quantized_class(cls: type[nn.Module]) -> type[QuantLayer]:
         return QUANT_CLASSES[cls]
     family = _family(cls)
     if family is None:
-        raise ValueError(f"Expected a Conv, ConvTranspose or Linear class, but got {cls.__name__}.")
+        raise ValueError(
+            f"Expected a Conv, ConvTranspose, Linear or attention class, but got {cls.__name__}."
+        )
     quantized = QUANT_CLASSES[family]
     namespace: dict[str, Any] = {"__doc__": cls.__doc__, "weight_axis": quantized.weight_axis}
     if _inherits_forward(cls):
@@ -191,19 +268,29 @@ def _new(cls: type[nn.Module]) -> QuantLayer:
 
 def unsupported(layer: nn.Module) -> str | None:
     """Return why a Conv or Linear layer cannot be quantized, or ``None`` where it can."""
-    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(layer, nn.MultiheadAttention):
+        return _unsupported_attention(layer)
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "lazy layers have no weight yet; run one forward pass first"
     if len(inspect.signature(layer.forward).parameters) == 0:
         return "its forward takes no input"
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = weight_of(layer)
+    if weight is None:
         return "it has no weight tensor"
     if is_parametrized(layer) and _shadows_weight(float_class(layer)):
         return "its forward reads a parametrized weight"
     if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
         return "its weight is not a plain float tensor"
+    return None
+
+
+def _unsupported_attention(layer: nn.MultiheadAttention) -> str | None:
+    if not _inherits_forward(float_class(layer)):
+        return "its forward is not that of nn.MultiheadAttention"
+    if layer.in_proj_weight is None:
+        return "its key or value has another size than its query"
+    if layer.bias_k is not None or layer.add_zero_attn:
+        return "it adds a key and a value of its own"
     return None
 
 
@@ -219,13 +306,14 @@ def attach_quantizers(layer: nn.Module, spec: LayerSpec, name: str) -> None:
         TypeError: Where Python cannot change the object's class.
     """
     cls: type[QuantLayer] = quantized_class(float_class(layer))  # type: ignore[arg-type]
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
+    assert weight is not None
     weights = spec.weights
     channels = None
     if weights.axis is not None:
         weights = dataclasses.replace(weights, axis=cls.weight_axis)
         channels = weight.shape[cls.weight_axis] if weights.needs_scale else None
-    _change_class(layer, cls)
+    change_class(layer, cls)
     quantized: Any = layer
     device = weight.device
     quantized.layer_spec = spec
@@ -238,10 +326,10 @@ def detach_quantizers(layer: nn.Module) -> None:
     cls = float_class(layer)
     quantized: Any = layer
     del quantized.input_quantizer, quantized.weight_quantizer, quantized.layer_spec
-    _change_class(layer, cls)
+    change_class(layer, cls)
 
 
-def _change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change a layer's class, under the one that torch puts on top of parametrized layers."""
     if is_parametrized(layer):
         top = type(layer)

@@ -33,8 +33,8 @@ class QuantModule(L.LightningModule):
         model: Dotted name of a factory, such as ``torchvision.models.resnet18``, or a module. A
             checkpoint rebuilds the model by itself only from a dotted name.
         model_args: Arguments of the factory.
-        recipe: Preset (tensorrt_int8, int8_fp16_fallback, weight_only_int8), path of a YAML file,
-            or a mapping; null trains the float model.
+        recipe: Preset (tensorrt_int8, int8_fp16_fallback, weight_only_int8, onnxruntime_int8,
+            openvino_int8), path of a YAML file, or a mapping; null trains the float model.
         weights: Starting weights: .safetensors, .pth, or a .ckpt of this class.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the schedule from the optimizer, stepped every epoch.

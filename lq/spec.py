@@ -20,6 +20,8 @@ from lq.gemm import is_small
 from lq.messages import check_keys, suggest
 
 SKIP = "skip"
+RESIDUAL = ("shortcut", "both")
+"""Which inputs of residual additions can be quantized."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Rule:
 def type_names(layer: nn.Module) -> list[str]:
     """Return the class names a rule's `type` may match, most derived first."""
     names = [c.__name__ for c in type(layer).__mro__ if issubclass(c, nn.Module)]
-    return [n for n in names if n not in ("Module", "QuantLayer")]
+    return [n for n in names if n not in ("Module", "Quantized", "QuantLayer", "QuantSites")]
 
 
 _WEIGHT_DEFAULTS: dict[str, Any] = {"axis": 0, "narrow": True}
@@ -219,6 +221,9 @@ class Recipe:
         fallback: Format of layers too small for integer tensor cores, which have fewer than 16
             input or output channels per group times kernel size (TensorRT's rule that small GEMMs
             are better left alone; depthwise convolutions are such); ``None`` treats them as all.
+        residual: Which inputs of residual additions are quantized: the ``"shortcut"`` alone, so
+            that TensorRT fuses the addition into the convolution before it; ``"both"``, as ONNX
+            Runtime and OpenVINO want; or ``None``.
 
     Raises:
         ValueError: For an unknown key or format, naming the nearest valid spelling.
@@ -236,6 +241,7 @@ class Recipe:
     inputs: QuantSpec = QuantSpec()
     rules: tuple[Rule, ...] = ()
     fallback: str | None = None
+    residual: str | None = "shortcut"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -252,6 +258,11 @@ class Recipe:
                 raise ValueError(
                     f"Expected `fallback` to be fp16, bf16 or fp32, but got {self.fallback!r}."
                 )
+        if self.residual is not None and self.residual not in RESIDUAL:
+            raise ValueError(
+                f"Expected `residual` to be shortcut, both or null, but got {self.residual!r}; "
+                f"{suggest(self.residual, RESIDUAL)}"
+            )
 
     def layer_spec(self, name: str, layer: nn.Module) -> LayerSpec:
         """Return the specs of one layer by its qualified name."""
@@ -263,11 +274,23 @@ class Recipe:
                 spec = rule.apply(spec)
         return spec
 
-    def check_rules(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raise a ``ValueError`` for the first rule that matches none of `layers`."""
+    def names_type(self, name: str, module: nn.Module) -> bool:
+        """Return whether a rule with a `type` applies to a module of that qualified name."""
+        return any(rule.type is not None and rule.matches(name, module) for rule in self.rules)
+
+    def check_rules(
+        self, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Raise a ``ValueError`` for the first rule that matches none of the modules.
+
+        Args:
+            layers: Modules by name; the error gives the nearest spelling of one of them.
+            others: Modules besides layers that a rule may name.
+        """
+        modules = {**layers, **(others or {})}
         types = sorted({n for layer in layers.values() for n in type_names(layer)})
         for rule in self.rules:
-            if not any(rule.matches(name, layer) for name, layer in layers.items()):
+            if not any(rule.matches(name, module) for name, module in modules.items()):
                 given, valid = (
                     (rule.name, list(layers)) if rule.name is not None else (rule.type, types)
                 )
@@ -292,6 +315,7 @@ class Recipe:
                 for rule in self.rules
             ],
             "fallback": self.fallback,
+            "residual": self.residual,
         }
 
     @classmethod
@@ -299,7 +323,7 @@ class Recipe:
         """Return the recipe that a mapping of plain values describes."""
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
-        check_keys(values, ["weights", "inputs", "rules", "fallback"], "the recipe")
+        check_keys(values, [f.name for f in dataclasses.fields(cls)], "the recipe")
         rules = values.get("rules") or ()
         if not isinstance(rules, (list, tuple)):
             raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
@@ -308,6 +332,7 @@ class Recipe:
             inputs=QuantSpec.parse(values.get("inputs", "int8"), "inputs"),
             rules=tuple(_parse_rule(rule, i) for i, rule in enumerate(rules)),
             fallback=values.get("fallback"),
+            residual=values.get("residual", "shortcut"),
         )
 
     def to_json(self) -> str:
@@ -383,8 +408,9 @@ def _spec_dict(spec: QuantSpec, defaults: Mapping[str, Any]) -> str | dict[str, 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        # `axis: null` says per tensor and stays; other missing values are defaults.
-        return {k: _without_none(v) for k, v in value.items() if v is not None or k == "axis"}
+        # `axis: null` and `residual: null` say something; other missing values are defaults.
+        kept = ("axis", "residual")
+        return {k: _without_none(v) for k, v in value.items() if v is not None or k in kept}
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
@@ -392,5 +418,8 @@ PRESETS: dict[str, Recipe] = {
     "tensorrt_int8": Recipe(),
     "int8_fp16_fallback": Recipe(fallback="fp16"),
     "weight_only_int8": Recipe(inputs=QuantSpec("fp32")),
+    "onnxruntime_int8": Recipe(residual="both"),
+    "openvino_int8": Recipe(residual="both"),
 }
-"""Recipes by name: INT8 everywhere; INT8 with small layers in FP16; INT8 weights, float inputs."""
+"""Recipes by name: INT8 everywhere; INT8 with small layers in FP16; INT8 weights, float inputs;
+INT8 with both inputs of residual additions for the engines that want it."""

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lq.layers import is_quantizable, unsupported
+from lq.layers import is_quantizable
 from lq.quantizer import Quantizer
 from lq.spec import FLOAT_LAYER, LayerSpec, Recipe
 
 RECIPE = "lq_recipe"
 """Attribute of a quantized model that holds its recipe, and the state_dict key it travels under."""
+_LEFT = "_lq_left"
 _HOOKS = "_lq_hooks"
 _SCALE = "_quantizer.scale"
 
 
-def attach_recipe(model: nn.Module, recipe: Recipe) -> None:
-    """Let `model` save its recipe with its weights and check it when loading."""
+def attach_recipe(model: nn.Module, recipe: Recipe, left: Mapping[str, str]) -> None:
+    """Let `model` save its recipe with its weights and check it when loading.
+
+    `left` is what could not be quantized as the recipe says, and why.
+    """
     detach_recipe(model)
     setattr(model, RECIPE, recipe)
+    setattr(model, _LEFT, dict(left))
     untyped: Any = model
     hooks = [
         untyped.register_state_dict_post_hook(_save_recipe),
@@ -36,14 +41,20 @@ def detach_recipe(model: nn.Module) -> None:
     if RECIPE in vars(model):
         for hook in getattr(model, _HOOKS):
             hook.remove()
-        delattr(model, RECIPE)
-        delattr(model, _HOOKS)
+        for name in (RECIPE, _LEFT, _HOOKS):
+            delattr(model, name)
 
 
 def recipe_of(model: nn.Module) -> Recipe | None:
     """Return the recipe a model was quantized with."""
     recipe: Recipe | None = vars(model).get(RECIPE)
     return recipe
+
+
+def left_of(model: nn.Module) -> dict[str, str]:
+    """Return what the recipe's layers were left float, and why."""
+    left: dict[str, str] = vars(model).get(_LEFT, {})
+    return left
 
 
 def encode_recipe(recipe: Recipe) -> Tensor:
@@ -54,7 +65,9 @@ def encode_recipe(recipe: Recipe) -> Tensor:
 def decode_recipe(stored: Tensor) -> Recipe:
     """Return the recipe in a tensor made by ``encode_recipe``."""
     try:
-        return Recipe.from_dict(json.loads(bytes(stored.cpu().tolist())))
+        values = json.loads(bytes(stored.cpu().tolist()))
+        # What was saved before recipes said so has no quantizers on residual additions.
+        return Recipe.from_dict({"residual": None, **values})
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"The recipe in the state_dict is damaged: {error}.") from None
 
@@ -84,6 +97,7 @@ def _check_before_loading(
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Quantizer) and module.scale is not None
     }
+    _name_shared(scales, state_dict)
     given = {key for key in state_dict if key.startswith(prefix) and key.endswith(_SCALE)}
     missing, extra = scales.keys() - given, given - scales.keys()
     if given and (missing or extra):
@@ -100,6 +114,14 @@ def _check_before_loading(
         del state_dict[key]
 
 
+def _name_shared(scales: Mapping[str, Tensor], state_dict: MutableMapping[str, Any]) -> None:
+    """Give a scale that several quantizers share under each of its names, if it is under one."""
+    given = {id(scale): state_dict[key] for key, scale in scales.items() if key in state_dict}
+    for key, scale in scales.items():
+        if id(scale) in given:
+            state_dict.setdefault(key, given[id(scale)])
+
+
 def _count(keys: Iterable[str], what: str) -> str:
     names = sorted(key.removesuffix(".scale") for key in keys)
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -108,9 +130,10 @@ def _count(keys: Iterable[str], what: str) -> str:
 
 def _other_specs(model: nn.Module, stored: Recipe) -> list[str]:
     """Return an error where the stored recipe gives a layer another spec than it has."""
+    left = left_of(model)
     nested = tuple(f"{n}." for n, m in model.named_modules() if n and recipe_of(m) is not None)
     for name, layer in model.named_modules():
-        if not is_quantizable(layer) or unsupported(layer) or f"{name}.".startswith(nested):
+        if not is_quantizable(layer) or name in left or f"{name}.".startswith(nested):
             continue
         spec: LayerSpec = getattr(layer, "layer_spec", FLOAT_LAYER)
         theirs = stored.layer_spec(name, layer)

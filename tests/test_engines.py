@@ -1,5 +1,6 @@
 """Runners and engine builds: one interface, real builds, clear refusals."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import lq
-from lq.engines import open_engine
+from lq.engines import open_engine, tensorrt_runner
 from lq.engines.cast_through import cast_through
-from lq.engines.onnxruntime_runner import OnnxRuntimeRunner, rewrites_plan
+from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
 from lq.export import engine
+from lq.files import sha256
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,6 @@ def float_weight_between_qdq() -> ir.Model:
 
 def test_runtime_does_not_quantize_what_the_graph_leaves_float(tmp_path) -> None:
     model = float_weight_between_qdq()
-    assert rewrites_plan(model)
     path = tmp_path / "m.onnx"
     ir.save(model, path)
     x = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
@@ -123,10 +124,6 @@ def test_runtime_does_not_quantize_what_the_graph_leaves_float(tmp_path) -> None
     assert not np.array_equal(rewritten, plain)  # the default does requantize
     (ours,) = OnnxRuntimeRunner(path).run(torch.from_numpy(x))
     assert np.array_equal(ours.numpy(), plain)
-
-
-def test_our_graphs_need_no_such_care(exported) -> None:
-    assert not rewrites_plan(ir.load(exported[2]))
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16"])
@@ -160,6 +157,42 @@ def test_builds_an_engine_with_its_sidecar(exported, tmp_path) -> None:
     assert sidecar["batch"] == [1, 4, 16]
     assert len(sidecar["onnx_sha256"]) == 64
     assert sidecar["builder"].startswith("tensorrt")
+
+
+def test_report_tells_what_was_built(exported, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    info = lq.build_engine(exported[2], tmp_path / "m.engine", compute_capability="SM89")
+    assert info.built_formats == info.formats == {"0": "int8"}
+    assert info.fallbacks == {}
+    computing = [layer for layer in info.layers if layer.multiplies and "0" in layer.onnx]
+    assert [layer.inputs for layer in computing] == [("int8",)]
+    quantizing = [layer for layer in info.layers if "0.input_quantizer" in layer.onnx]
+    assert (quantizing[0].inputs, quantizing[0].outputs) == (("fp32",), ("int8",))
+    assert "1 layers that multiply: 1 in int8" in info.summary()
+    fell = dataclasses.replace(info, built_formats={"0": "fp32"})
+    assert fell.fallbacks == {"0": "fp32"}
+    assert "fell back: 0 planned int8, built fp32" in fell.summary()
+    weights_alone = dataclasses.replace(fell, formats={"0": "int8/fp32"})
+    assert weights_alone.fallbacks == {}
+
+
+def test_builds_are_reproducible(exported, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    infos = [lq.build_engine(exported[2], tmp_path / f"{i}.engine") for i in range(2)]
+    built = [(tmp_path / f"{i}.engine").read_bytes() for i in range(2)]
+    assert built[0] == built[1]
+    assert infos[0].engine_sha256 == infos[1].engine_sha256 == sha256(tmp_path / "0.engine")
+
+
+def test_engine_for_another_gpu_is_refused(exported, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    lq.build_engine(exported[2], tmp_path / "m.engine", compute_capability="SM89")
+    monkeypatch.setattr(tensorrt_runner, "capability_at_hand", lambda: "SM86")
+    with pytest.raises(RuntimeError, match=r"built for SM89, but the GPU here is SM86"):
+        open_engine(tmp_path / "m.engine")
+    monkeypatch.setattr(tensorrt_runner, "capability_at_hand", lambda: None)
+    with pytest.raises(RuntimeError, match="need an NVIDIA GPU"):
+        open_engine(tmp_path / "m.engine")
 
 
 def test_compute_capability_is_chosen(exported, tmp_path) -> None:
@@ -219,8 +252,10 @@ def test_engine_runs_what_torch_computes(exported, tmp_path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model, x, path = exported
-    lq.build_engine(path, tmp_path / "m.engine")
+    info = lq.build_engine(path, tmp_path / "m.engine")
+    assert info.built_formats == {"0": "int8"}
     (output,) = open_engine(tmp_path / "m.engine").run(x)
     with torch.no_grad():
         expected = model(x)
     assert lq.functional.sqnr_db(expected, output.cpu()) > 30
+    assert lq.parity(model, tmp_path / "m.engine", [x]).sqnr_db > 30

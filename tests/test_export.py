@@ -1,6 +1,7 @@
 """Exported graphs: what is in them, and that failures leave nothing behind."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -273,3 +274,39 @@ def test_a_disagreeing_export_leaves_no_file(tmp_path, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match=r"first diverging layer 'grouped'"):
         lq.export_onnx(model, x, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_norm_that_holds_its_activation(tmp_path: Path) -> None:
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), BatchNormAct2d(16), nn.Conv2d(16, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    lq.calibrate(lq.quantize(model, "tensorrt_int8"), [x], progress=False)
+
+    report = lq.export_onnx(model, x, tmp_path / "m.onnx")
+
+    assert report.first_divergence is None
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert "BatchNormalization" not in kinds
+
+
+def test_products_of_a_module_with_layers_are_not_its_output(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention()).eval(), torch.randn(2, 5, 16)
+    lq.calibrate(lq.quantize(model, "tensorrt_int8"), [x], progress=False)
+
+    report = lq.export_onnx(model, x, tmp_path / "m.onnx")
+
+    assert report.first_divergence is None
+    assert {"0.qkv", "0.out"} <= {layer.layer for layer in report.layers}
+    assert "0" not in {layer.layer for layer in report.layers}

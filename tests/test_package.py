@@ -17,16 +17,20 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"functional", "files", "formats", "gemm", "messages"},
+    {"attention", "functional", "files", "formats", "gemm", "messages", "tracing"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
     {"layers"},
+    {"sites", "dataflow", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration"},
     {"repairs"},
     {"export"},
     {"engines"},
-    {"parity", "layer_parity", "evaluation", "samples", "curve", "convergence"},
+    {
+        *("agreement", "parity", "layer_parity", "evaluation"),
+        *("samples", "curve", "convergence"),
+    },
     {"datasets"},
     {"models", "data", "module"},
     {"callbacks"},

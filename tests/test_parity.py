@@ -8,6 +8,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import lq
+from lq.modes import eval_mode
 from lq.parity import compare
 
 
@@ -82,6 +83,40 @@ def test_names_the_first_diverging_layer(exported, tensor, change, layer) -> Non
     assert len([part for part in report.layers if part.diverges]) <= 8
 
 
+def test_the_optimized_session_is_measured_by_itself(exported) -> None:
+    model, path, batches = exported
+    optimized = lq.parity(model, path, batches).optimized
+    assert optimized.engine == "ONNX Runtime CPU, optimized"
+    assert optimized.passed
+    assert optimized.sqnr_db >= optimized.min_sqnr_db == 10
+    with eval_mode(model):
+        expected = torch.cat([model(x) for x, _ in batches])
+    got = torch.cat([lq.open_engine(path).run(x)[0] for x, _ in batches])
+    assert optimized.max_difference == pytest.approx(float((expected - got).abs().max()))
+    assert optimized.top1_agreement == float((expected.argmax(1) == got.argmax(1)).float().mean())
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_is_compared_end_to_end(exported, engine) -> None:
+    pytest.importorskip(engine)
+    model, path, batches = exported
+    report = lq.parity(model, path, batches, engine=engine)
+    assert report.sqnr_db > 10
+    assert report.layers == []
+    changed = tampered(path, "fc.weight.int8", lambda w: -w)
+    with pytest.raises(RuntimeError, match=r"fc\.weight\.int8\.onnx' differs"):
+        lq.parity(model, changed, batches, engine=engine)
+    runner = lq.open_engine(changed, engine)
+    with pytest.raises(RuntimeError, match=f"{runner.name} differs"):
+        lq.parity(model, runner, batches)
+
+
+def test_other_outputs_than_the_models(exported) -> None:
+    _, path, batches = exported
+    with pytest.raises(RuntimeError, match=r"\[\[4, 3, 48, 48\]\].*\[\[4, 10\]\]"):
+        lq.parity(nn.Identity(), path, batches, engine="onnxruntime")
+
+
 def test_no_batches(exported) -> None:
     model, path, _ = exported
     with pytest.raises(ValueError, match="at least one sample"):
@@ -148,7 +183,18 @@ class ReturnsBeforeNorm(nn.Module):
         return h, self.norm(h)
 
 
-@pytest.mark.parametrize("make", [SharedThrice, InPlaceAdd, OneNumber, ReturnsBeforeNorm])
+class ReturnsDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.aux = nn.Linear(16, 4), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        return {"out": self.fc(x), "aux": [self.aux(x), x.sum()], "at": self.fc(x).argmax(1)}
+
+
+@pytest.mark.parametrize(
+    "make", [SharedThrice, InPlaceAdd, OneNumber, ReturnsBeforeNorm, ReturnsDict]
+)
 def test_right_exports_pass(tmp_path, make) -> None:
     torch.manual_seed(0)
     assert exported_model(make(), torch.randn(8, 16), tmp_path / "m.onnx").passed

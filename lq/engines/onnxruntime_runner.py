@@ -11,30 +11,40 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
-from lq.export.graph import WEIGHTED, producer
-from lq.export.grid import grid_of
+from lq.engines.kernels import encode_biases, encode_weights_unsigned
 
 log = logging.getLogger(__name__)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 
 
-def rewrites_plan(model: ir.Model) -> bool:
-    """Return whether ONNX Runtime would quantize a layer that the graph leaves float.
+def load_graph(path: str | Path) -> ir.Model:
+    """Return the graph in an ONNX file.
 
-    By default it quantizes the float weight of a layer that stands between Q/DQ, per tensor.
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not an ONNX model.
     """
-    return any(
-        node.op_type in WEIGHTED
-        and grid_of(node.inputs[0]) is not None
-        and producer(node.inputs[1], "DequantizeLinear") is None
-        for node in model.graph
-    )
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
+    try:
+        return ir.load(path)
+    except Exception as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
+            f"{type(error).__name__}."
+        ) from None
 
 
 class OnnxRuntimeRunner(Runner):
     """An ONNX file in ONNX Runtime, computing the plan that the graph holds.
+
+    By itself ONNX Runtime would also quantize, per tensor, the float weight of a layer that stands
+    between Q/DQ. That is off, and the biases of quantized layers, which the same rewrite gives
+    integer kernels, are encoded here.
 
     The CPU has no 16-bit kernels: there fp16 and bf16 layers run in float32 with operands and
     results rounded to 16 bits, and a log message says so.
@@ -57,18 +67,9 @@ class OnnxRuntimeRunner(Runner):
         optimize: bool = True,
         threads: int = 0,
     ) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
-        self.size_mb = path.stat().st_size / 1e6
-        try:
-            model = ir.load(path)
-        except Exception as error:
-            raise ValueError(
-                f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
-                f"{type(error).__name__}."
-            ) from None
-        self._open(model, path, providers, optimize, threads)
+        model = load_graph(path)
+        self.size_mb = Path(path).stat().st_size / 1e6
+        self._open(model, Path(path), providers, optimize, threads)
 
     @classmethod
     def from_graph(cls, model: ir.Model, optimize: bool = True) -> OnnxRuntimeRunner:
@@ -87,20 +88,17 @@ class OnnxRuntimeRunner(Runner):
         threads: int,
     ) -> None:
         self.providers = providers or _default_providers()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        disabled = ["WeightBiasQuantization"] if rewrites_plan(model) else []
         on_cpu = self.providers == ["CPUExecutionProvider"]
-        source: str | bytes = str(path) if path is not None else _serialized(model)
         self.simulates = on_cpu and has_16_bit(model)
         if self.simulates:
             log.info("ONNX Runtime's CPU has no 16-bit kernels; rounding to 16 bits in float32.")
-            source = _serialized(cast_through(model))
+            model = cast_through(model)
+        changed = (optimize and _suit_kernels(model)) or self.simulates
         self.session = ort.InferenceSession(
-            source, options, providers=self.providers, disabled_optimizers=disabled
+            _serialized(model) if changed or path is None else str(path),
+            _options(optimize, threads),
+            providers=self.providers,
+            disabled_optimizers=["WeightBiasQuantization"],
         )
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -115,6 +113,25 @@ class OnnxRuntimeRunner(Runner):
             dtype = _DTYPES.get(declared.type, value.dtype)
             feeds[name] = value.detach().to("cpu", dtype).numpy()
         return [torch.from_numpy(y) for y in self.session.run(self.outputs, feeds)]
+
+
+def _suit_kernels(model: ir.Model) -> bool:
+    """Change a graph for integer kernels, and return whether there was anything to change."""
+    found = encode_biases(model.graph)
+    # ONNX Runtime's own option for this (x64quantprecision) fails on shared constants.
+    if cpu.first_hazard(model) is not None and cpu.saturates():
+        encode_weights_unsigned(model.graph)
+        found = True
+    return found
+
+
+def _options(optimize: bool, threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 def _serialized(model: ir.Model) -> bytes:

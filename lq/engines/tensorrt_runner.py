@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lq.engines.base import Runner, bind_inputs, check_shape
-from lq.export.engine import INSTALL, EngineInfo, find_builder, logger
+from lq.export.engine import INSTALL, EngineInfo, capability_at_hand, find_builder, logger
 
 
 class TensorRTRunner(Runner):
@@ -22,7 +22,8 @@ class TensorRTRunner(Runner):
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If no TensorRT is installed, naming the extras.
-        RuntimeError: If there is no GPU, or the engine was built by another version.
+        RuntimeError: If there is no GPU, or the engine was built for another one, or by another
+            version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,8 +34,6 @@ class TensorRTRunner(Runner):
         if trt is None:
             raise ImportError(f"Cannot run {str(path)!r}: {INSTALL}")
         _check_sidecar(path, f"{trt.__name__} {trt.__version__}")
-        if not torch.cuda.is_available():
-            raise RuntimeError(f"Cannot run {str(path)!r}: TensorRT engines need an NVIDIA GPU.")
         self.trt = trt
         self.name = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[trt.__name__]
         self.size_mb = path.stat().st_size / 1e6
@@ -86,12 +85,19 @@ class TensorRTRunner(Runner):
 
 
 def _check_sidecar(path: Path, builder: str) -> None:
+    """Refuse an engine that another version built, or that was built for another GPU."""
     sidecar = EngineInfo.path_of(path)
-    if not sidecar.is_file():
-        return
-    built = json.loads(sidecar.read_text()).get("builder")
-    if built != builder:
+    built = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    if built and built.get("builder") != builder:
         raise RuntimeError(
-            f"{str(path)!r} was built by {built}, but {builder} is installed; engines run only "
-            "with the version that built them. Build it again from its ONNX file."
+            f"{str(path)!r} was built by {built.get('builder')}, but {builder} is installed; "
+            "engines run only with the version that built them. Build it again from its ONNX file."
+        )
+    at_hand = capability_at_hand()
+    if at_hand is None:
+        raise RuntimeError(f"Cannot run {str(path)!r}: TensorRT engines need an NVIDIA GPU.")
+    if built and built.get("compute_capability") != at_hand:
+        raise RuntimeError(
+            f"{str(path)!r} was built for {built.get('compute_capability')}, but the GPU here is "
+            f"{at_hand}; build it again here from its ONNX file."
         )

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from lq.export.inspector import (
+    BuiltLayer,
+    built_formats,
+    fused,
+    parse_build_log,
+    parse_inspector,
+)
 from lq.export.plan import read_plan
 from lq.files import sha256, written_whole
 
@@ -48,6 +56,10 @@ class EngineInfo:
         outputs: Name -> shape.
         batch: Smallest, best and largest batch.
         formats: Layer -> format, as the graph says.
+        built_formats: Layer -> format in which the engine multiplies, as it says itself; ``"?"``
+            where it does not.
+        layers: The engine's own layers, with the ONNX nodes that each computes.
+        engine_sha256: Hash of the engine.
         size_mb: Size of the engine, in 10^6 bytes.
         build_s: Seconds the build took.
     """
@@ -60,8 +72,38 @@ class EngineInfo:
     outputs: dict[str, list[int]]
     batch: tuple[int, int, int]
     formats: dict[str, str]
+    built_formats: dict[str, str]
+    layers: list[BuiltLayer]
+    engine_sha256: str
     size_mb: float
     build_s: float
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Layers that the engine computes in another format than the graph says: format built.
+
+        A layer of weights alone, ``int8/fp32``, multiplies in the second format.
+        """
+        return {
+            name: self.built_formats[name]
+            for name, planned in self.formats.items()
+            if self.built_formats[name] not in ("?", planned.rpartition("/")[2])
+        }
+
+    def summary(self) -> str:
+        """Return the report in a line."""
+        counts = Counter(self.built_formats.values())
+        formats = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+        fell = "; ".join(
+            f"{name} planned {self.formats[name]}, built {built}"
+            for name, built in self.fallbacks.items()
+        )
+        return (
+            f"{self.size_mb:.2f} MB for {self.compute_capability} by {self.builder} in "
+            f"{self.build_s:.1f} s; {len(self.formats)} layers that multiply: {formats}; "
+            f"{len(fused(self.layers))} fused kernels; "
+            + (f"fell back: {fell}" if fell else "none fell back")
+        )
 
     @staticmethod
     def path_of(engine: str | Path) -> Path:
@@ -78,8 +120,8 @@ def build_engine(
     """Build a strongly typed engine from an ONNX file.
 
     Every layer runs in the type the graph gives it. Beside the engine a JSON sidecar says what
-    built it, for which GPU, from which file. TensorRT keeps a timing cache beside it, so that the
-    next build is faster and picks the same kernels.
+    built it, for which GPU, from which file, and what became of each layer. TensorRT keeps a
+    timing cache beside it, so that the next build is faster and picks the same kernels.
 
     Args:
         onnx: An ONNX file.
@@ -106,9 +148,11 @@ def build_engine(
     build.set_profile(batch)
     timing = Path(f"{path}.timing")
     build.load_timing_cache(timing)
+    formats = read_plan(ir.load(onnx))
     with written_whole(path) as temporary:
         plan = build.serialized()
         temporary.write_bytes(plan)
+        layers = build.layers(plan)
         info = EngineInfo(
             builder=f"{trt.__name__} {trt.__version__}",
             compute_capability=capability,
@@ -117,7 +161,10 @@ def build_engine(
             inputs=build.shapes(inputs=True),
             outputs=build.shapes(inputs=False),
             batch=batch,
-            formats=read_plan(ir.load(onnx)),
+            formats=formats,
+            built_formats=built_formats(layers, formats),
+            layers=layers,
+            engine_sha256=sha256(temporary),
             size_mb=len(plan) / 1e6,
             build_s=time.perf_counter() - started,
         )
@@ -133,7 +180,7 @@ class _Build:
     def __init__(self, trt: ModuleType, onnx: Path) -> None:
         self.trt = trt
         self.logger = logger(trt)
-        self.logger.recent = []
+        self.logger.recent, self.logger.layers = [], ""
         self.builder = trt.Builder(self.logger)
         # TensorRT 10 needs the flag, 11 and RTX build nothing else.
         flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -147,7 +194,7 @@ class _Build:
 
     def set_capability(self, wanted: str | None) -> str:
         """Choose the GPU to build for; only RTX can choose one that is not at hand."""
-        at_hand = _capability_at_hand()
+        at_hand = capability_at_hand()
         if not hasattr(self.config, "set_compute_capability"):
             if at_hand is None:
                 raise RuntimeError("tensorrt builds on the GPU it builds for, and there is none.")
@@ -216,6 +263,17 @@ class _Build:
             raise RuntimeError(f"{self.trt.__name__} cannot build: {self.logger.errors()}")
         return bytes(plan)
 
+    def layers(self, plan: bytes) -> list[BuiltLayer]:
+        """Return the layers of an engine as its inspector tells, or where it cannot the log."""
+        runtime = self.trt.Runtime(self.logger) if torch.cuda.is_available() else None
+        engine = runtime.deserialize_cuda_engine(plan) if runtime is not None else None
+        if engine is None:  # no GPU, or another than it was built for
+            return parse_build_log(self.logger.layers)
+        inspector = engine.create_engine_inspector()
+        return parse_inspector(
+            inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        )
+
 
 _LOGGERS: dict[str, Any] = {}
 
@@ -229,12 +287,16 @@ def logger(trt: ModuleType) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.recent: list[str] = []
+            self.layers = ""
+            """What the last build said of its layers."""
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.recent = [*self.recent[-9:], message]
             elif severity == trt.ILogger.WARNING:
                 log.warning("%s: %s", trt.__name__, message)
+            elif message.startswith("Layers:"):
+                self.layers = message
 
         def errors(self) -> str:
             # Without a GPU every error is followed by one about the missing driver.
@@ -245,7 +307,8 @@ def logger(trt: ModuleType) -> Any:
     return _LOGGERS[trt.__name__]
 
 
-def _capability_at_hand() -> str | None:
+def capability_at_hand() -> str | None:
+    """Return the compute capability of the GPU here, such as ``SM89``, ``None`` without one."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()

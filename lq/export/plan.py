@@ -14,7 +14,7 @@ _FLOATS = {
 }
 _CODES = {
     ir.DataType.INT8: "int8",
-    ir.DataType.UINT8: "uint8",
+    ir.DataType.UINT8: "int8",
     ir.DataType.INT4: "int4",
     ir.DataType.FLOAT8E4M3FN: "fp8_e4m3",
 }

@@ -9,6 +9,8 @@ from lq.surgery import quantized_layers
 
 TARGETS: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"int8", "int4", "fp8_e4m3", "fp16", "bf16", "fp32"}),
+    "onnxruntime": frozenset({"int8", "int4", "fp16", "bf16", "fp32"}),
+    "openvino": frozenset({"int8", "fp32"}),
 }
 """Target -> formats it runs. A new target is a row here."""
 STORED_ONLY = frozenset({"int4"})

@@ -18,7 +18,9 @@ from torch import nn
 
 from lq.batches import model_inputs
 from lq.export import passes
+from lq.export.onnxruntime_encoding import encode_for_onnxruntime
 from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
+from lq.export.shared import name_shared_quantizers
 from lq.export.targets import check_target
 from lq.files import written_whole
 from lq.functional import FP8_MAX
@@ -57,7 +59,8 @@ def export_onnx(
         model: A quantized and calibrated model, or a float one.
         sample: One batch: a tensor, an (input, target) pair, or a mapping of keyword arguments.
         path: Where to write the file. A failed export leaves none.
-        target: What will run it: ``"tensorrt"``.
+        target: What will run it: ``"tensorrt"``, ``"openvino"``, which takes the same graph, or
+            ``"onnxruntime"``, for which the same integers are encoded as its CPU kernels want.
         batches: Batches for the parity check; the sample if not given.
         dynamic_batch: Let the first axis of all inputs vary.
         dynamic_image: Let height and width, the third and fourth axis of all images, vary.
@@ -75,10 +78,12 @@ def export_onnx(
     _check_float32(model)
     with written_whole(path) as temporary:
         graph = trace(model, sample, dynamic_batch, dynamic_image)
+        if target == "onnxruntime":
+            encode_for_onnxruntime(graph.graph)
         ir.save(graph, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
         report = compare(model, temporary, [sample] if batches is None else batches)
-        if not report.passed:
+        if not report.passed or (target == "onnxruntime" and not report.fused_passed):
             raise RuntimeError(
                 f"The export differs from the model, so {str(path)!r} was not written: "
                 f"{report.summary()}."
@@ -118,12 +123,13 @@ def trace(
     assert program is not None
     if dynamic_image:
         check_image_varies(program.model.graph)
+    name_shared_quantizers(program.model.graph, model)
     _rewrite(program.model)
     return program.model
 
 
 def _rewrite(model: ir.Model) -> None:
-    """Turn what the exporter wrote into the graph an engine wants, with the same codes in it."""
+    """Turn what the exporter wrote into the graph an engine wants; nothing changes a result."""
     graph = model.graph
     passes.number_calls(graph)
     # Before constants are folded: not every folder rounds to bfloat16 or knows the narrow range.

@@ -16,7 +16,7 @@ QUANTIZED_BY = "lq.quantized_by"
 """Metadata of a node: the quantizer that its output has already been through."""
 PART = "lq.part"
 """Metadata of a QuantizeLinear that was moved: which of several inputs it stands on now."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_SCOPE = "_empty_nn_module_stack"
 """What the exporter calls the module of shape computations."""
 _CALL = "lq.call"
@@ -24,7 +24,7 @@ _CALL = "lq.call"
 
 def scope(node: ir.Node) -> str:
     """Return the qualified name of the torch module a node comes from."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "['']"))
     name = str(scopes[-2]) if len(scopes) > 1 else ""
     return "" if name.startswith(_NO_SCOPE) else name
 
