@@ -64,7 +64,7 @@ class Dataflow:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = {n: m for n, m in model.named_modules() if not isinstance(m, Quantizer)}
+        self.modules = dict(model.named_modules())
         self._names = {id(module): name for name, module in self.modules.items()}
         places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         self._shared = {n for n, m in self.modules.items() if places[id(m)] > 1}
