@@ -17,8 +17,8 @@ from lq.functional import sqnr_db
 
 CALIBRATION, HELD_OUT = 256, 500
 SETTINGS = {
-    "mobilenet_v2_cifar": lq.Recipe(),
-    "mobilenet_v2_imagenet": lq.Recipe(weights=lq.QuantSpec(axis=None)),
+    "mobilenet_v2_cifar": lq.Recipe(residual=None),
+    "mobilenet_v2_imagenet": lq.Recipe(weights=lq.QuantSpec(axis=None), residual=None),
 }
 """Weights per channel, and per tensor; inputs always per tensor, symmetric."""
 

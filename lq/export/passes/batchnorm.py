@@ -59,9 +59,19 @@ def _fold(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, norm: ir.Node) -
     layer.resize_inputs(3)
     bias = bias.astype(np.float32)
     layer.replace_input_with(2, add_initializer(graph, f"{name}.bias.folded", bias))
-    layer.metadata_props[OUTPUT_OF] = scope(norm)
+    layer.metadata_props[OUTPUT_OF] = _output_of(norm)
     norm.outputs[0].replace_all_uses_with(layer.outputs[0], replace_graph_outputs=True)
     graph.remove(norm, safe=True)
+
+
+def _output_of(norm: ir.Node) -> str:
+    """Return the module whose output a BatchNorm computes; none where one has its activation too.
+
+    timm's ``BatchNormAct2d`` is such a module.
+    """
+    module = scope(norm)
+    inside = any(scope(user).startswith(f"{module}.") for user, _ in norm.outputs[0].uses())
+    return f"{module}/{norm.op_type}" if inside else module
 
 
 def _scaled(graph: ir.Graph, layer: ir.Node, dequantize: ir.Node, factor: np.ndarray) -> ir.Value:

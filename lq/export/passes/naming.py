@@ -50,7 +50,8 @@ def mark_outputs(graph: ir.Graph) -> None:
     last = {scope(node): node for node in graph if len(node.outputs) == 1}
     weighted = {scope(node) for node in graph if node.op_type in WEIGHTED}
     for name in weighted:
-        last[name].metadata_props.setdefault(OUTPUT_OF, name)
+        if not any(inner.startswith(f"{name}.") for inner in weighted):  # as an attention has
+            last[name].metadata_props.setdefault(OUTPUT_OF, name)
 
 
 def name_after_modules(graph: ir.Graph) -> None:
