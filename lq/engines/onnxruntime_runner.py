@@ -98,7 +98,7 @@ class OnnxRuntimeRunner(Runner):
             _serialized(model) if changed or path is None else str(path),
             _options(optimize, threads),
             providers=self.providers,
-            disabled_optimizers=["WeightBiasQuantization"],
+            disabled_optimizers=_disabled(model),
         )
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -132,6 +132,13 @@ def _options(optimize: bool, threads: int) -> ort.SessionOptions:
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+def _disabled(model: ir.Model) -> list[str]:
+    """Return ONNX Runtime's rewrites that change the plan, or fail on it."""
+    types = {value.dtype for value in model.graph.initializers.values()}
+    fail_on_fp8 = ["ClipQuantRewrite", "ReluQuantRewrite"]
+    return ["WeightBiasQuantization", *(fail_on_fp8 if ir.DataType.FLOAT8E4M3FN in types else [])]
 
 
 def _serialized(model: ir.Model) -> bytes:
