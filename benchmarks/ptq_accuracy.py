@@ -16,6 +16,7 @@ import torch
 from peers import PEERS
 from shared import CASES, batches
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import lq
 from lq.calibrators import COMPETITORS
@@ -29,14 +30,17 @@ def logits(predict: Predict, data: object) -> Tensor:
         return torch.cat([predict(x).double() for x, _ in data])
 
 
-def ours(model: nn.Module, calibration: object, folder: Path) -> Iterator[tuple[str, Predict]]:
-    """Give the model quantized by each calibrator of lq."""
+def ours(
+    model: nn.Module, calibration: list[Tensor], held_out: list[Tensor], folder: Path
+) -> Iterator[tuple[str, Predict]]:
+    """Give the model quantized by each calibrator of lq, and repaired."""
     for name in (*COMPETITORS, "auto"):
         net = lq.quantize(copy.deepcopy(model), RECIPE)
         ranges = lq.find_ranges(net, calibration, name, progress=False)
-        if name == "auto":
-            (folder / "auto.txt").write_text(ranges.table())
         yield f"lq {name}", net
+    report = lq.repair(net, calibration, held_out, calibrator="auto", progress=False)
+    (folder / "report.txt").write_text(f"{ranges.table()}\n\n{report}")
+    yield "lq auto, repaired", net
 
 
 def line(name: str, reference: Tensor, found: Tensor, labels: Tensor) -> str:
@@ -50,6 +54,9 @@ def line(name: str, reference: Tensor, found: Tensor, labels: Tensor) -> str:
     return f"{name:34s} {drop.mean():+6.2f} +-{error:.2f}  {agree:8.2%}  {sqnr:6.2f} dB"
 
 
+HELD_OUT = 240
+HELD = range(256, 256 + HELD_OUT)
+"""Training images that repairs are judged by, none of which calibrates."""
 RECIPE = lq.Recipe(residual=None)  # as the other toolkits are asked to
 
 
@@ -69,11 +76,14 @@ def main() -> None:
     print(f"{arguments.case}: float {top1:.2%} of {len(labels)} images")
     print(f"{'':34s} {'top-1, points':>14s}  {'agreement':>8s}  {'logits':>9s}")
     folder = Path(tempfile.mkdtemp())
-    toolkits = (ours,) if arguments.no_peers else (ours, *PEERS)
-    for toolkit in toolkits:
-        for name, predict in toolkit(model, calibration, folder):
+    held_out = [x for x, _ in batches(Subset(case.data("train", 256 + HELD_OUT), HELD), 32)]
+    runs = [ours(model, calibration, held_out, folder)]
+    if not arguments.no_peers:
+        runs += [peer(model, calibration, folder) for peer in PEERS]
+    for run in runs:
+        for name, predict in run:
             print(line(name, reference, logits(predict, test), labels), flush=True)
-    print("\n" + (folder / "auto.txt").read_text())
+    print("\n" + (folder / "report.txt").read_text())
 
 
 if __name__ == "__main__":
