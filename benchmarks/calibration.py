@@ -7,7 +7,6 @@ python benchmarks/calibration.py [--model resnet18] [--rounds 5] [--no-peers]
 import argparse
 import copy
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -176,10 +175,10 @@ def peak_mb(arguments: argparse.Namespace, what: str, count: int) -> float:
 
 def memory(arguments: argparse.Namespace, model: torch.nn.Module, batch: torch.Tensor) -> None:
     activations = returned_bytes(model, batch) / 1e6
-    plain = peak_mb(arguments, "plain", 2)
     print(f"layers return {activations:.0f} MB for a batch of {SIZE}")
     for count in (2, BATCHES):
-        extra = peak_mb(arguments, "collect", count) - plain
+        plain, collecting = (peak_mb(arguments, what, count) for what in ("plain", "collect"))
+        extra = collecting - plain
         print(f"peak while collecting {count} batches: {extra:+.1f} MB, {extra / activations:.2%}")
 
 
@@ -190,7 +189,8 @@ def print_peak(net: torch.nn.Module, batches: list[torch.Tensor], what: str) -> 
     else:
         with quantizer_mode(net, lq.Mode.BYPASS):
             passes(net, batches)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent process
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1000)
 
 
 def main() -> None:
@@ -226,7 +226,7 @@ def main() -> None:
         unit = "onnxruntime: plain" if name.startswith("onnxruntime") else "plain"
         print(f"{name:36s} {seconds:7.2f} s  {seconds / found[unit]:6.3f} of {unit}")
     memory(arguments, model, batches[0])
-    sampled, whole = (collected(net, batches[:3], "entropy", s) for s in (True, False))
+    sampled, whole = (collected(net, batches, "entropy", s) for s in (True, False))
     for name in CALIBRATORS:
         pairs = zip(ranges(sampled, name).values(), ranges(whole, name).values(), strict=True)
         worst = max(abs(a / b - 1) for a, b in pairs)
