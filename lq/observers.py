@@ -13,7 +13,7 @@ BLOCK = 64
 """Neighbours in memory that are sampled together."""
 SAMPLE = 2**18
 """Elements of a tensor that are counted one by one; of larger ones, blocks at equal distances."""
-TAIL = 0.05
+TAIL = 0.02
 """Share of the blocks, those of the largest peaks, that are searched for the tail."""
 
 
