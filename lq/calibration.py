@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lq.batches import model_inputs
@@ -18,6 +18,7 @@ from lq.digest import DataDigest, model_digest
 from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.ranges import EACH, Range, Ranges
+from lq.samples import count_samples, first_samples
 from lq.scoring import Call, output_errors
 
 log = logging.getLogger(__name__)
@@ -102,15 +103,15 @@ def find_ranges(
         collector.start()
         with eval_mode(model):
             for batch in bar:
-                args, kwargs = model_inputs(model, batch)
-                model(*args, **kwargs)
-                collector.next_batch()
-                count += 1
+                args, kwargs = call = model_inputs(model, batch)
                 if cache is not None:
                     digest.add(args, kwargs)
                 if collector.must_score and samples < TRIED:
-                    tried.append((tuple(map(_few, args)), {k: _few(v) for k, v in kwargs.items()}))
-                    samples += _size([*tried[-1][0], *tried[-1][1].values()])
+                    tried.append(first_samples(call, TRIED_PER_BATCH))
+                    samples += count_samples(tried[-1])
+                model(*args, **kwargs)  # which may change its inputs in place
+                collector.next_batch()
+                count += 1
             if count == 0:
                 raise ValueError("Expected `batches` to hold at least one batch, but got none.")
             if collector.must_score:
@@ -158,17 +159,6 @@ def _from_cache(
     ranges.apply(model)
     set_mode(model, Mode.QUANTIZE)
     return ranges
-
-
-def _few(value: Any) -> Any:
-    """Return a copy of the first samples of a tensor."""
-    if isinstance(value, Tensor) and value.dim():
-        return value[:TRIED_PER_BATCH].clone()
-    return value
-
-
-def _size(values: list[Any]) -> int:
-    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def calibrate_weights(model: nn.Module) -> None:
