@@ -15,6 +15,7 @@ from lq.batches import model_inputs
 from lq.calibrators import parse_calibrators
 from lq.collector import RangeCollector, weight_candidates
 from lq.digest import DataDigest, model_digest
+from lq.files import check_file_path
 from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.ranges import EACH, Range, Ranges
@@ -93,9 +94,11 @@ def find_ranges(
         1.27
     """
     parse_calibrators(calibrator)
+    if cache is not None:
+        check_file_path(cache)
+        if Path(cache).is_file():
+            return _from_cache(model, batches, calibrator, progress, cache)
     bar = tqdm(batches, "Calibrating", disable=not progress, leave=False)
-    if cache is not None and Path(cache).is_file():
-        return _from_cache(model, bar, calibrator, cache)
     collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
     tried: list[Call] = []
     count = samples = 0
@@ -149,11 +152,11 @@ def _best_for_the_whole(model: nn.Module, rivals: dict[str, Ranges], tried: list
 
 
 def _from_cache(
-    model: nn.Module, batches: Iterable[Any], calibrator: str, cache: str | Path
+    model: nn.Module, batches: Iterable[Any], calibrator: str, progress: bool, cache: str | Path
 ) -> Ranges:
     """Return the ranges in a file, after making sure that they are of this model and these data."""
     ranges, digest = Ranges.load(cache), DataDigest()
-    for batch in batches:
+    for batch in tqdm(batches, "Comparing data", disable=not progress, leave=False):
         digest.add(*model_inputs(model, batch))
     ranges.check(cache, model_digest(model), digest.hexdigest(), calibrator)
     ranges.apply(model)
