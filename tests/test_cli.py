@@ -67,7 +67,7 @@ def test_calibrate_keeps_ranges_for_the_callback(capsys):
     cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
     cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
     first, second = capsys.readouterr().out.split("Ranges: out/ranges.json\n")[:2]
-    assert "calibrator  dB: max" in first
+    assert "dB: max" in first
     assert "256 of 1197 images, random, seed 0" in first
     assert first[first.index("quantizer") :] == second[second.index("quantizer") :]
     with pytest.raises(SystemExit) as exit:
