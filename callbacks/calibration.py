@@ -7,9 +7,10 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lq.calibration import calibrate
+from lq.calibration import find_ranges
 from lq.calibrators import parse_calibrators
 from lq.callbacks.target import quantize_target, target_module
 from lq.modes import set_mode
@@ -85,7 +86,8 @@ class Calibration(L.Callback):
             return
         self._check_forward(target)
         batches = islice(calibration_batches(trainer), self.batches)
-        calibrate(target, batches, self.calibrator, trainer.is_global_zero, self.cache)
+        ranges = find_ranges(target, batches, self.calibrator, trainer.is_global_zero, self.cache)
+        rank_zero_info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
 

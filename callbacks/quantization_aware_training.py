@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lq.calibrators import parse_calibrators
@@ -18,8 +18,6 @@ from lq.qat import copy_scales, freeze_batchnorm, freeze_scales, learns_scales
 from lq.quantizer import Mode
 from lq.state import recipe_of
 from lq.surgery import is_calibrated, quantize, quantized_layers
-
-log = logging.getLogger(__name__)
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -152,7 +150,7 @@ class QuantizationAwareTraining(L.Callback):
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._collector is not None
         ranges = self._collector.finish()
-        log.info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
+        rank_zero_info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
         self._collector = None
         target = target_module(pl_module, self.module)
         for callback in _averaging(trainer):

@@ -8,16 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lq.batches import model_inputs
 from lq.calibrators import parse_calibrators
 from lq.collector import RangeCollector, weight_candidates
 from lq.digest import DataDigest, model_digest
+from lq.files import check_file_path
 from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.ranges import EACH, Range, Ranges
+from lq.samples import count_samples, first_samples
 from lq.scoring import Call, output_errors
 
 log = logging.getLogger(__name__)
@@ -92,9 +94,12 @@ def find_ranges(
         1.27
     """
     parse_calibrators(calibrator)
+    asked = calibrator if subsample else f"{calibrator}, all counted"
+    if cache is not None:
+        check_file_path(cache)
+        if Path(cache).is_file():
+            return _from_cache(model, batches, asked, progress, cache)
     bar = tqdm(batches, "Calibrating", disable=not progress, leave=False)
-    if cache is not None and Path(cache).is_file():
-        return _from_cache(model, bar, calibrator, cache)
     collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
     tried: list[Call] = []
     count = samples = 0
@@ -102,15 +107,15 @@ def find_ranges(
         collector.start()
         with eval_mode(model):
             for batch in bar:
-                args, kwargs = model_inputs(model, batch)
-                model(*args, **kwargs)
-                collector.next_batch()
-                count += 1
+                args, kwargs = call = model_inputs(model, batch)
                 if cache is not None:
                     digest.add(args, kwargs)
                 if collector.must_score and samples < TRIED:
-                    tried.append((tuple(map(_few, args)), {k: _few(v) for k, v in kwargs.items()}))
-                    samples += _size([*tried[-1][0], *tried[-1][1].values()])
+                    tried.append(first_samples(call, TRIED_PER_BATCH))
+                    samples += count_samples(tried[-1])
+                model(*args, **kwargs)  # which may change its inputs in place
+                collector.next_batch()
+                count += 1
             if count == 0:
                 raise ValueError("Expected `batches` to hold at least one batch, but got none.")
             if collector.must_score:
@@ -125,7 +130,7 @@ def find_ranges(
         raise
     if cache is not None:
         ranges = dataclasses.replace(
-            ranges, model=model_digest(model), data=digest.hexdigest(), calibrator=calibrator
+            ranges, model=model_digest(model), data=digest.hexdigest(), calibrator=asked
         )
         ranges.save(cache)
     return ranges
@@ -148,27 +153,16 @@ def _best_for_the_whole(model: nn.Module, rivals: dict[str, Ranges], tried: list
 
 
 def _from_cache(
-    model: nn.Module, batches: Iterable[Any], calibrator: str, cache: str | Path
+    model: nn.Module, batches: Iterable[Any], asked: str, progress: bool, cache: str | Path
 ) -> Ranges:
     """Return the ranges in a file, after making sure that they are of this model and these data."""
     ranges, digest = Ranges.load(cache), DataDigest()
-    for batch in batches:
+    for batch in tqdm(batches, "Comparing data", disable=not progress, leave=False):
         digest.add(*model_inputs(model, batch))
-    ranges.check(cache, model_digest(model), digest.hexdigest(), calibrator)
+    ranges.check(cache, model_digest(model), digest.hexdigest(), asked)
     ranges.apply(model)
     set_mode(model, Mode.QUANTIZE)
     return ranges
-
-
-def _few(value: Any) -> Any:
-    """Return a copy of the first samples of a tensor."""
-    if isinstance(value, Tensor) and value.dim():
-        return value[:TRIED_PER_BATCH].clone()
-    return value
-
-
-def _size(values: list[Any]) -> int:
-    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), 1)
 
 
 def calibrate_weights(model: nn.Module) -> None:

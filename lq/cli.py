@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
+from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
@@ -53,7 +55,12 @@ class Trainer(L.Trainer):
         """
         if ckpt_path is None:
             raise ValueError("Expected a checkpoint to export; give one with --ckpt_path.")
-        samples = self._prepared(model, datamodule, ckpt_path, batches)
+        samples = list(self._prepared(model, datamodule, ckpt_path, batches))
+        if not samples:
+            raise ValueError(
+                "Expected `batches` to be at least 1, but got none; give another --batches or "
+                "other data."
+            )
         report = export_onnx(
             target_module(model, None), samples[0], path, target=target, batches=samples
         )
@@ -91,6 +98,8 @@ class Trainer(L.Trainer):
                 others.
         """
         samples = self._prepared(model, datamodule, ckpt_path, batches)
+        if isinstance(datamodule, ImageDataModule):
+            print(datamodule.calibration_dataset().report())
         print(find_ranges(target_module(model, None), samples, calibrator, cache=cache).table())
         print(f"Ranges: {cache}")
 
@@ -100,7 +109,7 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule,
         ckpt_path: str | None,
         batches: int,
-    ) -> list[Any]:
+    ) -> Iterator[Any]:
         """Configure a module, give it a checkpoint's weights, and return batches of data."""
         model.configure_model()
         if ckpt_path is not None:
@@ -108,13 +117,7 @@ class Trainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.datamodule = datamodule
-        samples = list(islice(calibration_batches(self), max(batches, 0)))
-        if not samples:
-            raise ValueError(
-                "Expected `batches` to be at least 1, but got none; give another --batches or "
-                "other data."
-            )
-        return samples
+        return islice(calibration_batches(self), max(batches, 0))
 
 
 class CLI(LightningCLI):

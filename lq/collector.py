@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lq.calibrators import parse_calibrators
 from lq.calibrators.weights import WEIGHT_CALIBRATORS
-from lq.modes import set_mode
+from lq.modes import QuantizerStates, set_mode
 from lq.observers import HistogramObserver, RangeObserver
 from lq.quantizer import Mode
 from lq.ranges import Range, Ranges
@@ -42,11 +42,8 @@ class RangeCollector:
         self.observers: dict[str, RangeObserver] = {}
         self._candidates: Candidates = {}
         self._scorer: RangeScorer | None = None
-        self._before = {
-            name: (q.mode, None if q.scale is None else q.scale.detach().clone())
-            for name, q in quantizers(model).items()
-        }
-        if not self._before:
+        self._before = QuantizerStates(model)
+        if not quantizers(model):
             raise ValueError(
                 "Expected a quantized model, but found no quantizers; call lq.quantize first."
             )
@@ -97,11 +94,9 @@ class RangeCollector:
         """Stop collecting, and give every quantizer the mode and the scale it had."""
         if self._scorer is not None:
             self._scorer.stop()
-        for name, quantizer in quantizers(self.model).items():
+        for quantizer in quantizers(self.model).values():
             quantizer.observer = None
-            quantizer.mode, scale = self._before[name]
-            if scale is not None:
-                quantizer.restore(scale)
+        self._before.restore()
 
     def finish(self) -> Ranges:
         """Set the ranges of all quantizers that saw data, and quantize from here on.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from lq.batches import model_inputs, tensors
 from lq.calibration import calibrate
 from lq.curve import CalibrationCurve, CurvePoint
 from lq.functional import sqnr_db
-from lq.modes import eval_mode, quantizer_mode
+from lq.modes import QuantizerStates, eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.samples import FirstSamples, count_samples
 from lq.surgery import quantizers
@@ -63,29 +62,20 @@ def calibration_curve(
     for name, data in ("batches", batches), ("held_out", held_out):
         _check_rereadable(name, data)
     sizes = _sizes(sum(count_samples(batch) for batch in batches), sizes)
-    with ranges_kept(model), eval_mode(model), quantizer_mode(model, Mode.BYPASS):
-        expected, targets = _predict(model, held_out)
-        points = []
-        for size in tqdm(sizes, "Calibration curve", disable=not progress, leave=False):
-            calibrate(model, FirstSamples(batches, size), calibrator, progress=progress)
-            outputs, _ = _predict(model, held_out)
-            points.append(_point(size, _ranges(model), expected, outputs, targets))
+    before = QuantizerStates(model)
+    try:
+        with eval_mode(model):
+            set_mode(model, Mode.BYPASS)
+            expected, targets = _predict(model, held_out)
+            points = []
+            for size in tqdm(sizes, "Calibration curve", disable=not progress, leave=False):
+                calibrate(model, FirstSamples(batches, size), calibrator, progress=progress)
+                outputs, _ = _predict(model, held_out)
+                points.append(_point(size, _ranges(model), expected, outputs, targets))
+    finally:
+        before.restore()
     float_top1 = None if targets is None else _share(expected.argmax(1), targets)
     return CalibrationCurve(points, calibrator, len(expected), float_top1)
-
-
-@contextmanager
-def ranges_kept(model: nn.Module) -> Iterator[None]:
-    """Give the quantizers of a model their ranges back afterwards, known or not."""
-    states = {
-        quantizer: {k: v.clone() for k, v in quantizer.state_dict().items()}
-        for quantizer in quantizers(model).values()
-    }
-    try:
-        yield
-    finally:
-        for quantizer, state in states.items():
-            quantizer.load_state_dict(state)
 
 
 def _predict(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor | None]:

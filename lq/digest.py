@@ -55,6 +55,10 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _content(value: Any) -> bytes:
+    if isinstance(value, Mapping):
+        return b"".join(str(k).encode() + _content(v) for k, v in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return b"".join(map(_content, value))
     if not isinstance(value, Tensor):
         return repr(value).encode()
     raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Modes of a whole model, for a while or until further notice."""
+"""Modes and scales of a whole model's quantizers, for a while or until further notice."""
 
 from __future__ import annotations
 
@@ -16,6 +16,33 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """Put all quantizers of a model into one mode."""
     for quantizer in quantizers(model).values():
         quantizer.mode = mode
+
+
+class QuantizerStates:
+    """The modes and the scales that a model's quantizers have now, to go back to.
+
+    Example:
+        >>> from lq import quantize
+        >>> model = quantize(nn.Linear(2, 2), "tensorrt_int8")
+        >>> before = QuantizerStates(model)
+        >>> model.input_quantizer.amax = torch.tensor(1.27)
+        >>> before.restore()
+        >>> model.input_quantizer
+        Quantizer(int8, uncalibrated)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._states = [
+            (q, q.mode, None if q.scale is None else q.scale.detach().clone())
+            for q in quantizers(model).values()
+        ]
+
+    def restore(self) -> None:
+        """Give every quantizer the mode and the scale it had, known or not."""
+        for quantizer, mode, scale in self._states:
+            quantizer.mode = mode
+            if scale is not None:
+                quantizer.restore(scale)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,19 +69,24 @@ class RangeScorer:
         return errors
 
     @torch.no_grad()
-    def _try_all(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.active or not isinstance(output, Tensor):
+    def _try_all(self, module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+        if not self.active:
             return
-        self._add(self._signal, module, output)
-        for name in self._judged_by[module]:
-            for calibrator, amax in self.candidates[name].items():
-                with _trial(self._quantizers[name], amax):
-                    tried = type(module).forward(module, *args, **kwargs)  # without its hooks
-                self._add(self._noise, (module, name, calibrator), tried - output)
+        self.active = False  # a layer within this one, such as attention's, would count its trials
+        with _alone(module) as forward:
+            expected = forward(*args, **kwargs)
+            self._add(self._signal, module, expected)
+            for name in self._judged_by[module]:
+                for calibrator, amax in self.candidates[name].items():
+                    with _trial(self._quantizers[name], amax):
+                        error = forward(*args, **kwargs) - expected
+                    self._add(self._noise, (module, name, calibrator), error)
+        self.active = True
 
     @staticmethod
     def _add(sums: dict[Any, Tensor], key: Any, values: Tensor) -> None:
-        power = values.float().square().sum(dtype=torch.float64)
+        # In float64, since outliers of 1e30 have squares beyond float32.
+        power = torch.linalg.vector_norm(values, dtype=torch.float64).square()
         sums[key] = sums[key] + power if key in sums else power
 
 
@@ -129,7 +134,19 @@ def _judges(model: nn.Module, names: list[str]) -> dict[nn.Module, list[str]]:
         own = (layer.input_quantizer, layer.weight_quantizer)
         by_module[layer] = [name for name in names if found[name] in own]
     judged = {name for fed in by_module.values() for name in fed}
-    return by_module | {found[name]: [name] for name in names if name not in judged}
+    by_module |= {found[name]: [name] for name in names if name not in judged}
+    return {module: affecting for module, affecting in by_module.items() if affecting}
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[Callable[..., Tensor]]:
+    """Give what returns a module's first output, without its hooks and, for a while, dropout."""
+    training = module.training
+    module.training = False
+    try:
+        yield lambda *args, **kwargs: tensors(type(module).forward(module, *args, **kwargs))[0]
+    finally:
+        module.training = training
 
 
 @contextmanager

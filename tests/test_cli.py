@@ -68,6 +68,7 @@ def test_calibrate_keeps_ranges_for_the_callback(capsys):
     cli.main(["calibrate", *settings, weights, "--batches=2", "--cache=out/ranges.json"])
     first, second = capsys.readouterr().out.split("Ranges: out/ranges.json\n")[:2]
     assert "dB: max" in first
+    assert "256 of 1197 images, random, seed 0" in first
     assert first[first.index("quantizer") :] == second[second.index("quantizer") :]
     with pytest.raises(SystemExit) as exit:
         cli.main(["calibrate", *settings, weights, "--batches=3", "--cache=out/ranges.json"])
@@ -177,13 +178,14 @@ def without_weights(path):
     ],
     ids=["missing", "corrupt", "empty", "cut short", "pickled", "without weights"],
 )
-@pytest.mark.parametrize("command", ["fit", "test", "export"])
+@pytest.mark.parametrize("command", ["fit", "test", "calibrate", "export"])
 def test_bad_checkpoints(write, match, command, capsys):
     write(Path("bad.ckpt"))
     error = fails(capsys, [command, *config(), "--ckpt_path=bad.ckpt"])
     assert "'bad.ckpt'" in error
     assert match in error
     assert not list(Path().glob("*.onnx"))
+    assert not Path("ranges.json").exists()
 
 
 def test_a_checkpoint_of_another_model(capsys):
@@ -225,9 +227,25 @@ def test_export_of_no_batches(capsys):
     assert not list(Path().glob("*.onnx"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        pytest.param(["--calibrator=entrpy"], "did you mean 'entropy'?", id="calibrator"),
+        pytest.param(["--calibrator=percentile(0)"], "percentile in (0, 100]", id="percentile"),
+        pytest.param(["--batches=0"], "at least one batch", id="no batches"),
+        pytest.param(["--cache=folder"], "'folder' is a directory", id="a folder"),
+        pytest.param(["--cache=config.yaml"], "hold ranges that lq saved", id="another file"),
+    ],
+)
+def test_mistakes_in_a_calibration(arguments, match, capsys):
+    Path("folder").mkdir()
+    assert match in fails(capsys, ["calibrate", *config(), *arguments])
+    assert not Path("ranges.json").exists()
+
+
 def test_weights_instead_of_a_checkpoint(capsys):
     torch.save(digits_cnn().state_dict(), "w.pth")
-    for command in ("test", "export"):
+    for command in ("test", "calibrate", "export"):
         error = fails(capsys, [command, *config(), "--ckpt_path=w.pth"])
         assert "--model.weights" in error
 
@@ -274,7 +292,7 @@ def test_traceback_on_demand(monkeypatch):
         cli.main(["fit", *config(model__recipe="tensorrt_int9")])
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "calibrate", "export"])
 def test_help_suffices(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -172,6 +172,13 @@ def test_ranges_from_the_file_are_bit_equal(tmp_path: Path) -> None:
     assert len(plain["data_sha256"]) == len(plain["model_sha256"]) == 64
 
 
+def test_ranges_counted_in_full_are_others(tmp_path: Path) -> None:
+    lq.calibrate(net(), images(), progress=False, cache=tmp_path / "r.json")
+
+    with pytest.raises(ValueError, match="same calibrator.*max, all counted now"):
+        lq.find_ranges(net(), images(), progress=False, cache=tmp_path / "r.json", subsample=False)
+
+
 def other_weights() -> Net:
     model = net()
     with torch.no_grad():

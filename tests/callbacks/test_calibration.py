@@ -1,5 +1,7 @@
 """PTQ as a callback."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,24 @@ def test_a_calibrated_checkpoint_is_left_alone(tmp_path):
         other, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
     )
     assert all(torch.equal(before[n], q.scale) for n, q in quantizers(other).items())
+
+
+def test_ranges_are_kept_in_a_file_and_taken_from_it(tmp_path):
+    data, path = DigitsDataModule(), tmp_path / "ranges.json"
+
+    def calibrated(**arguments):
+        module = digits_module()
+        callback = Calibration(calibrator="auto", cache=str(path), **arguments)
+        trainer(tmp_path, [callback]).validate(module, datamodule=data, verbose=False)
+        return {n: q.scale for n, q in quantizers(module).items()}
+
+    first, written = calibrated(batches=2), path.read_text()
+    again = calibrated(batches=2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert path.read_text() == written
+    assert set(json.loads(written)["outputs"]) > {"each", "max", "mse"}
+    with pytest.raises(ValueError, match="same data"):
+        calibrated(batches=1)
 
 
 def test_somebody_elses_module(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 import lq
 from lq.callbacks import QuantizationAwareTraining
+from lq.collector import RangeCollector
 from lq.surgery import quantized_layers, quantizers
 from tests.lit import LitAutoEncoder, LitWithEvaluation, autoencoder, loader, trainer
 
@@ -84,6 +85,39 @@ def test_short_training_makes_do(tmp_path):
     module = autoencoder()
     callback = QuantizationAwareTraining(calibration_batches=1000)
     trainer(tmp_path, [callback]).fit(module, loader())
+    assert all(q.is_calibrated for q in quantizers(module).values())
+
+
+def test_auto_takes_for_each_quantizer_what_the_last_batch_likes_best(tmp_path, caplog):
+    # Nothing is learned, so that the batches can be gone through again by hand.
+    batches = list(loader())[:3]
+    module = autoencoder()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    callback = QuantizationAwareTraining({"inputs": "int4"}, "encoder", "auto", 3)
+    with caplog.at_level("INFO", logger="lq.callbacks"):
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, loader())
+    by_hand = lq.quantize(autoencoder().encoder, {"inputs": "int4"})
+    collector = RangeCollector(by_hand, "auto")
+    collector.start()
+    for x, _ in batches[:2]:
+        by_hand(x.flatten(1))
+    collector.start_scoring()
+    by_hand(batches[2][0].flatten(1))
+    ranges = collector.finish()
+    assert {found.calibrator for found in ranges.found.values()} > {"mse"}
+    for name, quantizer in quantizers(module.encoder).items():
+        assert torch.equal(quantizer.amax, quantizers(by_hand)[name].amax)
+        assert quantizer.mode is lq.Mode.QUANTIZE
+    assert ranges.table() in caplog.text
+
+
+def test_auto_needs_a_batch_to_try(tmp_path, caplog):
+    with pytest.raises(ValueError, match="at least 2 for 'auto'"):
+        QuantizationAwareTraining(calibrator="auto", calibration_batches=1)
+    module = autoencoder()
+    callback = QuantizationAwareTraining(calibrator="auto")
+    trainer(tmp_path, [callback], max_epochs=1, limit_train_batches=1).fit(module, loader())
+    assert "ranges are those of mse" in caplog.text
     assert all(q.is_calibrated for q in quantizers(module).values())
 
 
