@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lq.calibration import find_ranges

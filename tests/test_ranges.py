@@ -175,7 +175,7 @@ def test_ranges_from_the_file_are_bit_equal(tmp_path: Path) -> None:
 def test_ranges_counted_in_full_are_others(tmp_path: Path) -> None:
     lq.calibrate(net(), images(), progress=False, cache=tmp_path / "r.json")
 
-    with pytest.raises(ValueError, match="same calibrator.*max, all counted now"):
+    with pytest.raises(ValueError, match=r"same calibrator.*max, all counted now"):
         lq.find_ranges(net(), images(), progress=False, cache=tmp_path / "r.json", subsample=False)
 
 
