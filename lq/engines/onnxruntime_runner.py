@@ -15,8 +15,10 @@ from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
 from lq.engines.kernels import encode_biases, encode_weights_unsigned
+from lq.export.grid import code_type
 
 log = logging.getLogger(__name__)
+_FLOAT_8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 
 
@@ -98,7 +100,7 @@ class OnnxRuntimeRunner(Runner):
             _serialized(model) if changed or path is None else str(path),
             _options(optimize, threads),
             providers=self.providers,
-            disabled_optimizers=["WeightBiasQuantization"],
+            disabled_optimizers=_wrong_rewrites(model),
         )
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -123,6 +125,16 @@ def _suit_kernels(model: ir.Model) -> bool:
         encode_weights_unsigned(model.graph)
         found = True
     return found
+
+
+def _wrong_rewrites(model: ir.Model) -> list[str]:
+    """Return ONNX Runtime's rewrites that compute something else than the graph, or fail on it."""
+    wrong = ["WeightBiasQuantization"]
+    if any(code_type(node) in _FLOAT_8 for node in model.graph if node.op_type == "QuantizeLinear"):
+        wrong.append("ReluQuantRewrite")  # takes float8 for uint8, which needs no Relu before it
+    if (model.opset_imports.get("") or 0) >= 21:
+        wrong.append("QDQPropagationTransformer")  # writes pairs whose two types contradict
+    return wrong
 
 
 def _options(optimize: bool, threads: int) -> ort.SessionOptions:
