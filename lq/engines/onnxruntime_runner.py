@@ -131,7 +131,8 @@ def _wrong_rewrites(model: ir.Model) -> list[str]:
     """Return ONNX Runtime's rewrites that compute something else than the graph, or fail on it."""
     wrong = ["WeightBiasQuantization"]
     if any(code_type(node) in _FLOAT_8 for node in model.graph if node.op_type == "QuantizeLinear"):
-        wrong.append("ReluQuantRewrite")  # takes float8 for uint8, which needs no Relu before it
+        # Takes float8 for uint8, which needs no Relu before it; and fails on it.
+        wrong += ["ReluQuantRewrite", "ClipQuantRewrite"]
     if (model.opset_imports.get("") or 0) >= 21:
         wrong.append("QDQPropagationTransformer")  # writes pairs whose two types contradict
     return wrong
