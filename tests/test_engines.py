@@ -143,6 +143,26 @@ def test_cast_through_rounds_as_the_layer_does(tmp_path, fmt) -> None:
     onnx.checker.check_model(ir.to_proto(graph))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "opset"),
+    [
+        pytest.param({"weights": "fp8_e4m3", "inputs": "fp8_e4m3"}, 19, id="float8 behind Relu"),
+        pytest.param(
+            {"rules": [{"name": "1", "weights": "int4", "inputs": "fp32"}]}, 21, id="opset 21"
+        ),
+        pytest.param({"rules": [{"name": "1", "format": "bf16"}]}, 22, id="opset 22"),
+    ],
+)
+def test_rewrites_that_break_a_graph_are_off(recipe: dict, opset: int, tmp_path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()]
+    model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 4)), torch.randn(4, 3, 8, 8)
+    lq.calibrate(lq.quantize(model, recipe), [x], progress=False)
+    report = lq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert ir.load(tmp_path / "m.onnx").opset_imports[""] == opset
+    assert report.optimized.sqnr_db > 30
+
+
 # Building: the real builder, which needs no GPU.
 
 
@@ -182,6 +202,20 @@ def test_builds_are_reproducible(exported, tmp_path) -> None:
     built = [(tmp_path / f"{i}.engine").read_bytes() for i in range(2)]
     assert built[0] == built[1]
     assert infos[0].engine_sha256 == infos[1].engine_sha256 == sha256(tmp_path / "0.engine")
+
+
+def test_height_and_width_may_vary(tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    path = tmp_path / "m.onnx"
+    lq.export_onnx(model, x, path, dynamic_image=True)
+    with pytest.raises(ValueError, match=r"-1, 3, -1, -1.*give `image`"):
+        lq.build_engine(path, tmp_path / "m.engine")
+    with pytest.raises(ValueError, match=r"`image` as smallest <= best <= largest"):
+        lq.build_engine(path, tmp_path / "m.engine", image=(16, 8, 32))
+    info = lq.build_engine(path, tmp_path / "m.engine", image=(8, 16, 32))
+    assert list(info.inputs.values()) == [[-1, 3, -1, -1]]
+    assert json.loads((tmp_path / "m.engine.json").read_text())["image"] == [8, 16, 32]
 
 
 def test_engine_for_another_gpu_is_refused(exported, tmp_path, monkeypatch) -> None:

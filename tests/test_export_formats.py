@@ -202,3 +202,53 @@ def test_what_no_engine_multiplies_is_refused(recipe: dict, match: str, tmp_path
     model, x = branches(recipe)
     with pytest.raises(ValueError, match=match):
         lq.export_onnx(model, x, tmp_path / "m.onnx")
+
+
+class Shortcut(nn.Module):
+    """A convolution and its input, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv(x))
+
+
+def with_addition_in(fmt: str) -> tuple[nn.Module, Tensor]:
+    """Return a model whose residual addition alone has a format."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Shortcut()), torch.randn(2, 3, 8, 8)
+    lq.quantize(model, {"rules": [{"name": "2", "format": fmt}]})
+    return lq.calibrate(model, [x], progress=False).eval(), x
+
+
+def test_an_addition_in_another_format_exports(tmp_path) -> None:
+    model, x = with_addition_in("fp8_e4m3")
+    assert lq.export_onnx(model, x, tmp_path / "m.onnx").passed
+    assert ir.load(tmp_path / "m.onnx").opset_imports[""] == 19
+
+
+@pytest.mark.parametrize(
+    ("fmt", "target"),
+    [("int4", "tensorrt"), ("int5", "tensorrt"), ("fp8_e4m3", "openvino")],
+)
+def test_an_addition_that_a_target_cannot_run_is_refused(fmt: str, target: str, tmp_path) -> None:
+    model, x = with_addition_in(fmt)
+    with pytest.raises(ValueError, match=rf"{target} .*'2.x_quantizer'.*{fmt}"):
+        lq.export_onnx(model, x, tmp_path / "m.onnx", target=target)
+
+
+def test_onnxruntime_takes_int4_weights(tmp_path) -> None:
+    model, x = branches({"rules": [{"name": "d", "weights": "int4", "inputs": "fp32"}]})
+    report = lq.export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime")
+    assert report.fused_passed
+    plan = read_plan(ir.load(tmp_path / "m.onnx"))
+    assert (plan.pop("d"), set(plan.values())) == ("int4/fp32", {"int8"})
+
+
+def test_codes_behind_16_bit_layers_have_a_bound_of_their_own(tmp_path) -> None:
+    model, x = branches({"rules": [{"name": "c", "format": "fp16"}]})
+    layers = {part.layer: part for part in lq.export_onnx(model, x, tmp_path / "m.onnx").layers}
+    assert layers["b.input_quantizer"].max_share == 1e-4
+    assert layers["d.input_quantizer"].max_share == 1e-2  # of y and c(y)

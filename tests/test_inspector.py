@@ -12,8 +12,8 @@ from lq.export.inspector import (
     parse_inspector,
 )
 
-# Field names and values as the TensorRT documentation shows them ("Engine Inspector" of 10.x,
-# "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
+# Reconstructed from the TensorRT documentation ("Engine Inspector" of 10.x, "Migrating
+# IEngineInspector Usage from TensorRT 10.x to 11.x"): no engine printed them.
 METADATA = "[ONNX Layer: conv1]\u001e[ONNX Layer: relu]\u001e[ONNX Layer: conv1.input_quantizer]"
 INT8 = "Thirty-two wide channel vectorized row major Int8 format"
 FP16 = "Channel major FP16 format where channel % 8 == 0"

@@ -220,6 +220,18 @@ def test_targets_differ() -> None:
         lq.lint(signed, "tensorflow")
 
 
+def test_pairs_behind_max_pooling_stay_for_onnxruntime(tmp_path) -> None:
+    pooled = pair("x", "a") + "m = MaxPool <kernel_shape = [1, 1]> (a)" + pair("m", "k")
+    body, path = pooled + pair("k", "l") + "y = Neg (l)", tmp_path / "m.onnx"
+    onnx.save(model(body), path)
+    found = {t: [f.node for f in lq.lint(path, t)] for t in ("onnxruntime", "openvino")}
+    assert [len(nodes) for nodes in found.values()] == [1, 2]  # k doubles in both, m in OpenVINO
+    assert linter.fix(path, tmp_path / "fixed.onnx", "onnxruntime") == []
+    kept = ir.load(tmp_path / "fixed.onnx").graph
+    behind = [n.inputs[0].producer() for n in kept if n.op_type == "QuantizeLinear"]
+    assert "MaxPool" in [node.op_type for node in behind if node is not None]
+
+
 SAFE = [
     pytest.param(
         RESIDUAL + "m = Concat <axis = 1> (b, r)" + pair("m", "k") + "y = Neg (k)", id="concat"

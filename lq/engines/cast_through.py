@@ -12,11 +12,12 @@ _16_BIT: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLO
 
 def has_16_bit(model: ir.Model) -> bool:
     """Return whether a graph casts to fp16 or bf16."""
-    return any(_casts_to(node) in _16_BIT for node in model.graph)
+    return any(casts_to_16_bit(node) for node in model.graph)
 
 
-def _casts_to(node: ir.Node) -> ir.DataType | None:
-    return ir.DataType(node.attributes["to"].as_int()) if node.op_type == "Cast" else None
+def casts_to_16_bit(node: ir.Node) -> bool:
+    """Return whether a node is a cast to fp16 or bf16."""
+    return node.op_type == "Cast" and node.attributes["to"].as_int() in _16_BIT
 
 
 def cast_through(model: ir.Model) -> ir.Model:

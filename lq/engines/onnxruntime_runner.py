@@ -15,8 +15,10 @@ from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
 from lq.engines.kernels import encode_biases, encode_weights_unsigned
+from lq.export.grid import code_type
 
 log = logging.getLogger(__name__)
+_FLOAT_8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
 
 
@@ -98,7 +100,7 @@ class OnnxRuntimeRunner(Runner):
             _serialized(model) if changed or path is None else str(path),
             _options(optimize, threads),
             providers=self.providers,
-            disabled_optimizers=_disabled(model),
+            disabled_optimizers=_wrong_rewrites(model),
         )
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
@@ -125,6 +127,17 @@ def _suit_kernels(model: ir.Model) -> bool:
     return found
 
 
+def _wrong_rewrites(model: ir.Model) -> list[str]:
+    """Return ONNX Runtime's rewrites that compute something else than the graph, or fail on it."""
+    wrong = ["WeightBiasQuantization"]
+    if any(code_type(node) in _FLOAT_8 for node in model.graph if node.op_type == "QuantizeLinear"):
+        # Takes float8 for uint8, which needs no Relu before it; and fails on it.
+        wrong += ["ReluQuantRewrite", "ClipQuantRewrite"]
+    if (model.opset_imports.get("") or 0) >= 21:
+        wrong.append("QDQPropagationTransformer")  # writes pairs whose two types contradict
+    return wrong
+
+
 def _options(optimize: bool, threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -132,13 +145,6 @@ def _options(optimize: bool, threads: int) -> ort.SessionOptions:
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
-
-
-def _disabled(model: ir.Model) -> list[str]:
-    """Return ONNX Runtime's rewrites that change the plan, or fail on it."""
-    types = {value.dtype for value in model.graph.initializers.values()}
-    fail_on_fp8 = ["ClipQuantRewrite", "ReluQuantRewrite"]
-    return ["WeightBiasQuantization", *(fail_on_fp8 if ir.DataType.FLOAT8E4M3FN in types else [])]
 
 
 def _serialized(model: ir.Model) -> bytes:

@@ -57,8 +57,8 @@ class TensorRTRunner(Runner):
             kept.append(given)  # alive until the engine is done
             if not self.context.set_input_shape(name, tuple(given.shape)):
                 raise ValueError(
-                    f"Expected a batch that the engine was built for, but got {len(given)}; "
-                    "build it with another `batch`."
+                    f"Expected a shape that the engine was built for, but got {list(given.shape)}; "
+                    "build it with another `batch` or `image`."
                 )
             self.context.set_tensor_address(name, given.data_ptr())
         results = []

@@ -23,6 +23,7 @@ from lq.export.inspector import (
     parse_inspector,
 )
 from lq.export.plan import read_plan
+from lq.export.shapes import IMAGE_AXES
 from lq.files import sha256, written_whole
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class EngineInfo:
         inputs: Name -> shape, -1 where it varies.
         outputs: Name -> shape.
         batch: Smallest, best and largest batch.
+        image: Smallest, best and largest height and width, ``None`` where they are fixed.
         formats: Layer -> format, as the graph says.
         built_formats: Layer -> format in which the engine multiplies, as it says itself; ``"?"``
             where it does not.
@@ -71,6 +73,7 @@ class EngineInfo:
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     batch: tuple[int, int, int]
+    image: tuple[int, int, int] | None
     formats: dict[str, str]
     built_formats: dict[str, str]
     layers: list[BuiltLayer]
@@ -116,6 +119,7 @@ def build_engine(
     path: str | Path,
     batch: tuple[int, int, int] = (1, 16, 64),
     compute_capability: str | None = None,
+    image: tuple[int, int, int] | None = None,
 ) -> EngineInfo:
     """Build a strongly typed engine from an ONNX file.
 
@@ -129,23 +133,27 @@ def build_engine(
         batch: Smallest, best and largest batch, for inputs whose first axis varies.
         compute_capability: GPU to build for, such as ``"SM89"``. TensorRT-RTX builds for it with
             no GPU at hand; ``None`` is the GPU at hand, or SM89 where there is none.
+        image: Smallest, best and largest height and width, for inputs in which they vary (see
+            ``dynamic_image`` of ``export_onnx``).
 
     Raises:
         FileNotFoundError: If there is no ONNX file.
         ImportError: If no builder is installed, naming the extras.
         RuntimeError: If the file cannot be parsed or built, with the builder's own reason.
+        ValueError: If `batch` or `image` is no range, or an axis varies that has none.
     """
     if not Path(onnx).is_file():
         raise FileNotFoundError(f"Expected an ONNX file at {str(onnx)!r}, but there is no file.")
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise ValueError(f"Expected `batch` as smallest <= best <= largest, but got {batch}.")
+    for name, sizes in (("batch", batch), ("image", image)):
+        if sizes is not None and not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            raise ValueError(f"Expected `{name}` as smallest <= best <= largest, but got {sizes}.")
     trt = find_builder()
     if trt is None:
         raise ImportError(f"Cannot build an engine: {INSTALL}")
     started = time.perf_counter()
     build = _Build(trt, Path(onnx))
     capability = build.set_capability(compute_capability)
-    build.set_profile(batch)
+    build.set_profile(batch, image)
     timing = Path(f"{path}.timing")
     build.load_timing_cache(timing)
     formats = read_plan(ir.load(onnx))
@@ -161,6 +169,7 @@ def build_engine(
             inputs=build.shapes(inputs=True),
             outputs=build.shapes(inputs=False),
             batch=batch,
+            image=image,
             formats=formats,
             built_formats=built_formats(layers, formats),
             layers=layers,
@@ -212,20 +221,26 @@ class _Build:
         self.config.set_compute_capability(getattr(self.trt.ComputeCapability, name), 0)
         return name
 
-    def set_profile(self, batch: tuple[int, int, int]) -> None:
-        """Declare the batches that inputs of varying first axis may have."""
+    def set_profile(self, batch: tuple[int, int, int], image: tuple[int, int, int] | None) -> None:
+        """Declare the sizes that axes of inputs may have where they vary."""
+        ranges = {0: batch} if image is None else {0: batch} | dict.fromkeys(IMAGE_AXES, image)
         profile = self.builder.create_optimization_profile()
         varies = False
         for name, shape in self.shapes(inputs=True).items():
-            if -1 in shape[1:]:
+            varying = [axis for axis, size in enumerate(shape) if size == -1]
+            if not set(varying) <= set(ranges):
                 raise ValueError(
-                    f"Expected only the first axis of input {name!r} to vary, but got {shape}."
+                    f"Expected only the axes {list(ranges)} of input {name!r} to vary, but got "
+                    f"{shape}; give `image` if height and width do."
                 )
-            if shape and shape[0] == -1:
+            if varying:
                 varies = True
-                profile.set_shape(name, *([size, *shape[1:]] for size in batch))
+                bounds = [{axis: ranges[axis][i] for axis in varying} for i in range(3)]
+                profile.set_shape(
+                    name, *([b.get(axis, size) for axis, size in enumerate(shape)] for b in bounds)
+                )
         if varies and self.config.add_optimization_profile(profile) < 0:
-            raise RuntimeError(f"{self.trt.__name__} refuses the batches {batch}.")
+            raise RuntimeError(f"{self.trt.__name__} refuses batches {batch}, images {image}.")
 
     def shapes(self, inputs: bool) -> dict[str, list[int]]:
         """Return the network's inputs or outputs by name."""

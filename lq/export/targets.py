@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lq.sites import QuantSites
 from lq.spec import LayerSpec, QuantSpec
 from lq.surgery import quantized_layers
 
@@ -18,7 +19,7 @@ STORED_ONLY = frozenset({"int4"})
 
 
 def check_target(model: nn.Module, target: str) -> None:
-    """Raise a ``ValueError`` naming the first layer whose format a target cannot run."""
+    """Raise a ``ValueError`` naming the first layer or quantizer that a target cannot run."""
     if target not in TARGETS:
         raise ValueError(
             f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}."
@@ -34,6 +35,26 @@ def check_target(model: nn.Module, target: str) -> None:
                     f"{target} cannot run layer {name!r}: its {part} are {reason}. Give it another "
                     f"format with a recipe rule (name: {name!r})."
                 )
+
+    for name, spec in _placed(model).items():
+        reason = _refusal(spec, target)
+        if spec.format in STORED_ONLY:
+            reason = f"{spec.format}, a format for weights alone"
+        if reason:
+            raise ValueError(
+                f"{target} cannot run quantizer {name!r}: it is {reason}. Give its module another "
+                "format with a recipe rule."
+            )
+
+
+def _placed(model: nn.Module) -> dict[str, QuantSpec]:
+    """Return the specs of the quantizers that are no layer's, such as those of additions."""
+    return {
+        f"{name}.{slot}".lstrip("."): getattr(module, slot).spec
+        for name, module in model.named_modules()
+        if isinstance(module, QuantSites)
+        for slot in module.quantizer_slots
+    }
 
 
 def _refusal(spec: QuantSpec, target: str) -> str | None:

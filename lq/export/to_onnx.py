@@ -26,7 +26,7 @@ from lq.files import written_whole
 from lq.functional import FP8_MAX
 from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
-from lq.surgery import quantized_layers
+from lq.surgery import quantized_layers, quantizers
 
 if TYPE_CHECKING:
     from lq.parity import ParityReport
@@ -172,4 +172,5 @@ def _check_float32(model: nn.Module) -> None:
 def _opset(model: nn.Module) -> int:
     specs = (layer.layer_spec for layer in quantized_layers(model).values())
     formats = {part.format for spec in specs for part in (spec.weights, spec.inputs)}
+    formats |= {quantizer.spec.format for quantizer in quantizers(model).values()}
     return max([OPSET, *(OPSETS[name] for name in formats if name in OPSETS)])

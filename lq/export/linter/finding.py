@@ -38,12 +38,12 @@ class Rule:
     Attributes:
         check: Finds it.
         fix: What to do about it.
-        rewrite: Does it, where that changes no output; ``None`` where it would.
+        rewrite: Does it for a target, where that changes no output; ``None`` where it would.
     """
 
     check: Check
     fix: str
-    rewrite: Callable[[ir.Model], object] | None = None
+    rewrite: Callable[[ir.Model, str], object] | None = None
 
 
 def name_of(node: ir.Node) -> str:

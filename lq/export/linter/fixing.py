@@ -45,7 +45,7 @@ def rewrite(model: ir.Model, target: str) -> None:
     passes.share_equal(model)  # pairs that double another one
     for rule in RULES.values():
         if rule.rewrite is not None and any(rule.check(model.graph, target)):
-            rule.rewrite(model)
+            rule.rewrite(model, target)
     passes.remove_unused(model.graph)
 
 

@@ -28,6 +28,10 @@ _QUANTIZED_INPUTS = {"tensorrt": 1}
 """Inputs of a residual Add that a target wants quantized, if not both: TensorRT fuses the other
 branch's convolution, the sum and the next QuantizeLinear into one kernel."""
 
+PAIRS_BEHIND = {"onnxruntime": ("MaxPool",)}
+"""Operators behind which a target wants a pair, though it changes nothing: ONNX Runtime pools
+integers only between Q/DQ."""
+
 
 def _quantizers(graph: ir.Graph) -> Iterator[tuple[ir.Node, Grid]]:
     for node in graph:
@@ -77,6 +81,8 @@ def extra_pair(graph: ir.Graph, target: str) -> Found:
     """Yield quantizers that change nothing, or that another one doubles."""
     seen: set[tuple[ir.Value | None, Grid]] = set()
     for node, grid in _quantizers(graph):
+        if producer(node.inputs[0], *PAIRS_BEHIND.get(target, ())) is not None:
+            continue
         if grid_of(node.inputs[0]) == grid:
             yield node, "its input is quantized already, with the same scale"
         elif (node.inputs[0], grid) in seen:

@@ -14,7 +14,7 @@ RULES: dict[str, Rule] = {
     "concat": Rule(
         placement_rules.concat,
         "quantize all inputs of the Concat, with one scale",
-        lambda model: passes.move_quantize_up(model.graph),
+        lambda model, target: passes.move_quantize_up(model.graph),
     ),
     "concat-scale": Rule(
         placement_rules.concat_scale, "give all inputs of the Concat one quantizer"
@@ -22,19 +22,21 @@ RULES: dict[str, Rule] = {
     "extra-pair": Rule(
         placement_rules.extra_pair,
         "remove the pair",
-        lambda model: passes.remove_requantization(model.graph),
+        lambda model, target: passes.remove_requantization(
+            model.graph, placement_rules.PAIRS_BEHIND.get(target, ())
+        ),
     ),
     "requantized": Rule(placement_rules.requantized, "give both places one scale, or drop one"),
     "two-scales": Rule(placement_rules.two_scales, "let all readers share one quantizer"),
     "before-activation": Rule(
         placement_rules.before_activation,
         "quantize behind the activation",
-        lambda model: passes.move_activations_before_quantize(model.graph),
+        lambda model, target: passes.move_activations_before_quantize(model.graph),
     ),
     "after-pad": Rule(
         placement_rules.after_pad,
         "quantize before the Pad",
-        lambda model: passes.move_quantize_up(model.graph),
+        lambda model, target: passes.move_quantize_up(model.graph),
     ),
     "float-island": Rule(
         placement_rules.float_island, "quantize its neighbours too, or leave it float"
@@ -48,12 +50,12 @@ RULES: dict[str, Rule] = {
     "float-weights": Rule(
         weight_rules.float_weights,
         "store the codes",
-        lambda model: passes.store_integer_weights(model.graph, narrow=False),
+        lambda model, target: passes.store_integer_weights(model.graph, narrow=False),
     ),
     "quantized-bias": Rule(
         weight_rules.quantized_bias,
         "store the bias in float",
-        lambda model: passes.fold_biases(model.graph),
+        lambda model, target: passes.fold_biases(model.graph),
     ),
     "small-gemm": Rule(weight_rules.small_gemm, "leave the layer in fp16, where it is no slower"),
     "zero-point": Rule(

@@ -25,16 +25,22 @@ _MOVED_OVER = (
 )
 
 
-def remove_requantization(graph: ir.Graph) -> list[ir.Node]:
+def remove_requantization(graph: ir.Graph, wanted_behind: tuple[str, ...] = ()) -> list[ir.Node]:
     """Remove Q/DQ pairs from tensors that hold nothing but the numbers of their grid.
 
     A quantized tensor passes through MaxPool, Reshape, Transpose, Concat, Clip and their like
     without a second pair. Returns the QuantizeLinear nodes it left without use.
+
+    Args:
+        graph: The graph.
+        wanted_behind: Operators behind which pairs stay.
     """
     removed = []
     for quantize in list(graph):
         grid = pair_grid(quantize) if quantize.op_type == "QuantizeLinear" else None
         if grid is None or grid_of(quantize.inputs[0]) != grid:
+            continue
+        if producer(quantize.inputs[0], *wanted_behind) is not None:
             continue
         value, pairs = quantize.inputs[0], _dequantizers(quantize, grid)
         assert value is not None
