@@ -13,6 +13,8 @@ TARGETS: dict[str, frozenset[str]] = {
     "openvino": frozenset({"int8", "fp32"}),
 }
 """Target -> formats it runs. A new target is a row here."""
+UNSIGNED = frozenset({"onnxruntime", "openvino"})
+"""Targets that run inputs without a sign."""
 STORED_ONLY = frozenset({"int4"})
 """Formats of weights that are dequantized before they are multiplied."""
 
@@ -27,7 +29,7 @@ def check_target(model: nn.Module, target: str) -> None:
         spec = layer.layer_spec
         for part, reason in (
             ("weights", _refusal(spec.weights, target) or _mixture(spec)),
-            ("inputs", _refusal(spec.inputs, target)),
+            ("inputs", _refusal(layer.input_quantizer.spec, target, UNSIGNED)),
         ):
             if reason:
                 raise ValueError(
@@ -36,10 +38,10 @@ def check_target(model: nn.Module, target: str) -> None:
                 )
 
 
-def _refusal(spec: QuantSpec, target: str) -> str | None:
+def _refusal(spec: QuantSpec, target: str, unsigned: frozenset[str] = frozenset()) -> str | None:
     if spec.format not in TARGETS[target]:
         return f"{spec.format}, and it runs {', '.join(sorted(TARGETS[target]))}"
-    if not spec.signed:
+    if not spec.signed and target not in unsigned:
         return "unsigned, and it runs signed integers with zero-point 0"
     return None
 
