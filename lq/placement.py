@@ -136,7 +136,7 @@ class _Placer:
     def place_pools(self, flow: Flow) -> None:
         """Quantize what average pooling reads, so that the layer before it computes in integers."""
         for pool in rectified_pools(self.dataflow, flow):
-            tensor = self.dataflow.origin(flow, pool.args[0])  # type: ignore[arg-type]
+            tensor = self.dataflow.origin(flow, pool.all_input_nodes[0])
             by_module = pool.op == "call_module"
             name = self.dataflow.child(flow, pool) if by_module else flow.name
             spec = self.recipe.layer_spec(name, self.dataflow.modules[name]).inputs
