@@ -1,9 +1,9 @@
 """Speed and accuracy of exported files, beside what other toolkits make of the same float file.
 
 Ours in ONNX Runtime beside onnxruntime.quantization's fastest scheme, ours in OpenVINO beside
-NNCF's, each with its engine's own float; FP16 beside INT8 in TensorRT where there is a GPU. All are
-timed in turn in one run, and ratios are of medians; beside ours to the peer's stand the quartiles
-of the ratios in each round. Needs the extra: pip install 'lq[benchmark]'.
+NNCF's, each with its engine's own float; FP16 beside INT8 in TensorRT where there is a GPU. What
+runs in one engine is timed in turn, and ratios are of medians; beside ours to the peer's stand the
+quartiles of the ratios in each round. Needs the extra: pip install 'lq[benchmark]'.
 
 python benchmarks/deploy.py [--models resnet18 mobilenet_v2] [--batches 1 16] [--rounds 15]
                             [--threads 0]
@@ -165,11 +165,12 @@ def once(runner: Runner, x: Tensor) -> Callable[[], None]:
 
 
 def measure(name: str, groups: list[Runners], sizes: list[int], rounds: int) -> None:
-    """Print every runner's time beside its engine's float, timed in turn."""
-    everything = {label: runner for group in groups for label, runner in group.items()}
+    """Print every runner's time beside its engine's float, each engine's timed in turn."""
     for size in sizes:
         x = torch.randn(size, 3, 224, 224)
-        seconds = timed({k: once(r, x) for k, r in everything.items()}, rounds)
+        seconds: dict[str, list[float]] = {}
+        for group in groups:  # threads of one engine go on spinning and would slow another's
+            seconds |= timed({k: once(r, x) for k, r in group.items()}, rounds)
         times = {label: statistics.median(each) for label, each in seconds.items()}
         for group in groups:
             base = next(iter(group))

@@ -105,7 +105,9 @@ def test_openvino_has_zero_point_0_bit_for_bit() -> None:
     points = [n.inputs[2].const_value.numpy() for n in graph.graph if n.op_type == "QuantizeLinear"]
     assert all(point == 0 for point in points)
     signed = {n.name for n in graph.graph if n.op_type == "QuantizeLinear"} - {
-        n.name for n in graph.graph if n.op_type == "QuantizeLinear" and n.inputs[2].dtype.name == "UINT8"
+        n.name
+        for n in graph.graph
+        if n.op_type == "QuantizeLinear" and n.inputs[2].dtype.name == "UINT8"
     }
     assert {"conv1.input_quantizer", "fc.input_quantizer"} <= signed
 
