@@ -1,8 +1,9 @@
 """Speed and accuracy of exported files, beside what other toolkits make of the same float file.
 
 Ours in ONNX Runtime beside onnxruntime.quantization's fastest scheme, ours in OpenVINO beside
-NNCF's, each with its engine's own float; FP16 beside INT8 in TensorRT where there is a GPU. All are
-timed in turn in one run, and ratios are of medians. Needs the extra: pip install 'lq[benchmark]'.
+NNCF's, each with its engine's own float; FP16 beside INT8 in TensorRT where there is a GPU. What
+runs in one engine is timed in turn, and ratios are of medians; beside ours to the peer's stand the
+quartiles of the ratios in each round. Needs the extra: pip install 'lq[benchmark]'.
 
 python benchmarks/deploy.py [--models resnet18 mobilenet_v2] [--batches 1 16] [--rounds 15]
                             [--threads 0]
@@ -14,6 +15,7 @@ the speed means anything.
 
 import argparse
 import copy
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 import torchvision
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from qat_step import medians
+from qat_step import timed
 from shared import CASES, FOLDER, batches
 from torch import Tensor, nn
 
@@ -163,11 +165,13 @@ def once(runner: Runner, x: Tensor) -> Callable[[], None]:
 
 
 def measure(name: str, groups: list[Runners], sizes: list[int], rounds: int) -> None:
-    """Print every runner's time beside its engine's float, timed in turn."""
-    everything = {label: runner for group in groups for label, runner in group.items()}
+    """Print every runner's time beside its engine's float, each engine's timed in turn."""
     for size in sizes:
         x = torch.randn(size, 3, 224, 224)
-        times = medians({k: once(r, x) for k, r in everything.items()}, rounds)
+        seconds: dict[str, list[float]] = {}
+        for group in groups:  # threads of one engine go on spinning and would slow another's
+            seconds |= timed({k: once(r, x) for k, r in group.items()}, rounds)
+        times = {label: statistics.median(each) for label, each in seconds.items()}
         for group in groups:
             base = next(iter(group))
             for label in group:
@@ -175,7 +179,10 @@ def measure(name: str, groups: list[Runners], sizes: list[int], rounds: int) -> 
                 print(f"{name} batch {size}: {label} {1e3 * times[label]:.2f} ms, {ratio:.3f}x")
         for ours, theirs in PAIRS.items():
             if ours in times:
-                print(f"{name} batch {size}: {ours} / {theirs} {times[ours] / times[theirs]:.3f}")
+                ratios = [a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+                low, _, high = statistics.quantiles(ratios)
+                ratio = f"{times[ours] / times[theirs]:.3f} ({low:.3f} to {high:.3f})"
+                print(f"{name} batch {size}: {ours} / {theirs} {ratio}")
         for label, faster in (
             ("TensorRT int8", "TensorRT fp16"),
             ("TensorRT int8", "TensorRT float"),

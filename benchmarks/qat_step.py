@@ -46,6 +46,11 @@ def evaluation(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
 
 def medians(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each run, taken in turn."""
+    return {name: statistics.median(seconds) for name, seconds in timed(runs, rounds).items()}
+
+
+def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each run in every round, taken in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
@@ -53,7 +58,7 @@ def medians(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float
             run()
             if i >= 2:
                 times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 def main() -> None:

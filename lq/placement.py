@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from torch import fx, nn
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 
 from lq.dataflow import Dataflow, Flow, Reader
+from lq.rectified import is_average_pool, is_rectified, rectified_pools
 from lq.residual import product_operands, residual_operands
 from lq.sites import OUTPUT, Site, argument_slot
 from lq.spec import LayerSpec, QuantSpec, Recipe
@@ -44,7 +44,11 @@ def place(dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -
     placer = _Placer(dataflow, recipe, layers)
     for flow in dataflow.flows.values():
         placer.place_operands(flow)
+        if recipe.pooling:
+            placer.place_pools(flow)
     placer.place_named_modules()
+    if recipe.unsigned:
+        placer.drop_signs()
     placement = placer.placement
     if recipe.residual is not None:
         placement.left |= placer.untraced()
@@ -61,7 +65,7 @@ def nameable(dataflow: Dataflow) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in dataflow.modules.items()
-        if _is_pool(module)
+        if is_average_pool(module)
         or _is_norm(module)
         or name in dataflow.untraced
         or (name in dataflow.flows and _combines(dataflow, dataflow.flows[name]))
@@ -115,7 +119,7 @@ class _Placer:
         site = self._source(flow, tensor)
         if site is None or _runs_all_children(self.dataflow.modules[site.module]):
             self.placement.left[flow.name] = (
-                "an operand of its addition is neither an input nor the output of one module"
+                "what its addition or pooling reads is neither an input nor the output of a module"
             )
             return
         # What a layer without activation returns has both signs.
@@ -129,12 +133,35 @@ class _Placer:
         maker = self.dataflow.maker(flow, tensor)
         return None if maker is None else Site(maker, OUTPUT)
 
+    def place_pools(self, flow: Flow) -> None:
+        """Quantize what average pooling reads, so that the layer before it computes in integers."""
+        for pool in rectified_pools(self.dataflow, flow):
+            tensor = self.dataflow.origin(flow, pool.all_input_nodes[0])
+            by_module = pool.op == "call_module"
+            name = self.dataflow.child(flow, pool) if by_module else flow.name
+            spec = self.recipe.layer_spec(name, self.dataflow.modules[name]).inputs
+            if not spec.needs_scale or not self._follows(flow, tensor):
+                continue
+            if by_module:
+                self.placement.specs[Site(name, INPUT)] = spec
+            else:
+                self._place(flow, tensor, spec)
+
+    def drop_signs(self) -> None:
+        """Give tensors that are never negative codes without a sign."""
+        for flow, tensor in self._tensors():
+            if is_rectified(self.dataflow, flow, tensor):
+                for site in self._places(flow, tensor):
+                    spec = self.placement.specs[site]
+                    if spec.format.startswith("int"):
+                        self.placement.specs[site] = replace(spec, signed=False)
+
     def place_named_modules(self) -> None:
         """Quantize the inputs of pooling and normalization that a rule names by type."""
         for name, module in self.dataflow.modules.items():
             spec = self.recipe.layer_spec(name, module).inputs
             named = self.recipe.names_type(name, module)
-            if named and spec.needs_scale and (_is_pool(module) or _is_norm(module)):
+            if named and spec.needs_scale and (is_average_pool(module) or _is_norm(module)):
                 self.placement.specs[Site(name, INPUT)] = spec
 
     def untraced(self) -> dict[str, str]:
@@ -147,11 +174,17 @@ class _Placer:
 
     def same_tensor(self) -> Iterator[list[Site]]:
         """Yield the places that see one tensor, for every tensor of every forward."""
+        for flow, tensor in self._tensors():
+            yield self._places(flow, tensor)
+
+    def _tensors(self) -> Iterator[tuple[Flow, fx.Node]]:
         for flow in self.dataflow.flows.values():
-            tensors = [n for n in flow.graph.nodes if n.op != "output"]
-            for tensor in tensors:
-                if self.dataflow.origin(flow, tensor) is tensor:
-                    yield [s for s in self._sites(flow, tensor) if s in self.placement.specs]
+            for node in flow.graph.nodes:
+                if node.op != "output" and self.dataflow.origin(flow, node) is node:
+                    yield flow, node
+
+    def _places(self, flow: Flow, tensor: fx.Node) -> list[Site]:
+        return [site for site in self._sites(flow, tensor) if site in self.placement.specs]
 
     def _sites(self, flow: Flow, tensor: fx.Node) -> Iterator[Site]:
         source = self._source(flow, tensor)
@@ -167,10 +200,6 @@ class _Placer:
 
 def _is_norm(module: nn.Module) -> bool:
     return any(name in c.__name__ for c in type(module).__mro__ for name in _NORMS)
-
-
-def _is_pool(module: nn.Module) -> bool:
-    return isinstance(module, (_AvgPoolNd, _AdaptiveAvgPoolNd))
 
 
 def _runs_all_children(module: nn.Module) -> bool:

@@ -224,6 +224,10 @@ class Recipe:
         residual: Which inputs of residual additions are quantized: the ``"shortcut"`` alone, so
             that TensorRT fuses the addition into the convolution before it; ``"both"``, as ONNX
             Runtime and OpenVINO want; or ``None``.
+        unsigned: Give tensors that are never negative, because a ReLU returns them, codes
+            0 ... 255 instead of 0 ... 127, as CPU engines compute with, and TensorRT does not.
+        pooling: Quantize what average pooling reads from a ReLU, so that the layer before it
+            gives integers.
 
     Raises:
         ValueError: For an unknown key or format, naming the nearest valid spelling.
@@ -242,6 +246,8 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     fallback: str | None = None
     residual: str | None = "shortcut"
+    unsigned: bool = False
+    pooling: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -257,6 +263,11 @@ class Recipe:
             if FORMATS[self.fallback].needs_scale:
                 raise ValueError(
                     f"Expected `fallback` to be fp16, bf16 or fp32, but got {self.fallback!r}."
+                )
+        for name in ("unsigned", "pooling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"Expected `{name}` to be true or false, but got {getattr(self, name)!r}."
                 )
         if self.residual is not None and self.residual not in RESIDUAL:
             raise ValueError(
@@ -316,6 +327,8 @@ class Recipe:
             ],
             "fallback": self.fallback,
             "residual": self.residual,
+            "unsigned": self.unsigned,
+            "pooling": self.pooling,
         }
 
     @classmethod
@@ -333,6 +346,8 @@ class Recipe:
             rules=tuple(_parse_rule(rule, i) for i, rule in enumerate(rules)),
             fallback=values.get("fallback"),
             residual=values.get("residual", "shortcut"),
+            unsigned=values.get("unsigned", False),
+            pooling=values.get("pooling", False),
         )
 
     def to_json(self) -> str:
@@ -418,8 +433,9 @@ PRESETS: dict[str, Recipe] = {
     "tensorrt_int8": Recipe(),
     "int8_fp16_fallback": Recipe(fallback="fp16"),
     "weight_only_int8": Recipe(inputs=QuantSpec("fp32")),
-    "onnxruntime_int8": Recipe(residual="both"),
-    "openvino_int8": Recipe(residual="both"),
+    "onnxruntime_int8": Recipe(residual="both", unsigned=True, pooling=True),
+    "openvino_int8": Recipe(residual="both", unsigned=True, pooling=True),
 }
 """Recipes by name: INT8 everywhere; INT8 with small layers in FP16; INT8 weights, float inputs;
-INT8 with both inputs of residual additions for the engines that want it."""
+INT8 as CPU engines want it: both inputs of residual additions, what pooling reads, and no sign
+where nothing is negative."""

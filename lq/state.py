@@ -130,6 +130,12 @@ def _count(keys: Iterable[str], what: str) -> str:
 
 def _other_specs(model: nn.Module, stored: Recipe) -> list[str]:
     """Return an error where the stored recipe gives a layer another spec than it has."""
+    mine = recipe_of(model)
+    if mine is not None and mine.unsigned != stored.unsigned:
+        return [
+            "The state_dict was quantized by another recipe: `unsigned` is "
+            f"{stored.unsigned} there, but {mine.unsigned} here."
+        ]
     left = left_of(model)
     nested = tuple(f"{n}." for n, m in model.named_modules() if n and recipe_of(m) is not None)
     for name, layer in model.named_modules():

@@ -16,7 +16,7 @@ import lq
 from lq.engines import onnxruntime_runner
 from lq.engines.kernels import MAX_BIAS_CODE, encode_biases
 from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
-from lq.export.onnxruntime_encoding import encode_for_onnxruntime
+from lq.export.onnxruntime_encoding import encode_for_onnxruntime, encode_for_openvino
 from lq.export.to_onnx import trace
 
 parity_module = sys.modules["lq.parity"]  # the function of this name hides it
@@ -92,6 +92,41 @@ def test_residual_network_is_the_same_bit_for_bit() -> None:
     before = run_all(ir.from_proto(ir.to_proto(graph)), x)
     encode_for_onnxruntime(graph.graph)
     assert all(map(np.array_equal, before, run_all(graph, x)))
+
+
+def test_openvino_has_zero_point_0_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    model = calibrated(torchvision.models.resnet18(num_classes=10), x)
+    graph = trace(model, x)
+    before = run_all(ir.from_proto(ir.to_proto(graph)), x)
+    encode_for_openvino(graph.graph)
+    assert all(map(np.array_equal, before, run_all(graph, x)))
+    points = [n.inputs[2].const_value.numpy() for n in graph.graph if n.op_type == "QuantizeLinear"]
+    assert all(point == 0 for point in points)
+    signed = {n.name for n in graph.graph if n.op_type == "QuantizeLinear"} - {
+        n.name
+        for n in graph.graph
+        if n.op_type == "QuantizeLinear" and n.inputs[2].dtype.name == "UINT8"
+    }
+    assert {"conv1.input_quantizer", "fc.input_quantizer"} <= signed
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()], ids=["relu", "relu6"])
+def test_codes_without_sign_need_no_clip(tmp_path, activation, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), activation, nn.Conv2d(16, 16, 3), activation]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(4, 3, 12, 12)
+    lq.calibrate(lq.quantize(model, "onnxruntime_int8"), [x * 0.7], progress=False)
+    graph = trace(model, x)
+    before = run_all(ir.from_proto(ir.to_proto(graph)), x)
+    encode_for_onnxruntime(graph.graph)
+    assert all(map(np.array_equal, before, run_all(graph, x)))
+    assert lq.export_onnx(model, x, tmp_path / "m.onnx", target="onnxruntime").passed
+    ops = optimized_ops(tmp_path, monkeypatch)
+    assert (ops["QLinearConv"], ops["QGemm"]) == (2, 1)
+    assert ops["Relu"] + ops["Clip"] + ops["Conv"] + ops["FusedConv"] + ops["Gemm"] == 0
 
 
 def optimized_ops(folder, monkeypatch) -> collections.Counter:

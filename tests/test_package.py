@@ -21,7 +21,7 @@ LEVELS = [
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
     {"layers"},
-    {"sites", "dataflow", "residual", "placement"},
+    {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration"},
     {"repairs"},

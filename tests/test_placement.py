@@ -518,11 +518,11 @@ def test_residual_survives_yaml(tmp_path: Path) -> None:
     assert lq.Recipe.from_dict({"inputs": "int8"}).residual == "shortcut"
 
 
-@pytest.mark.parametrize("recipe", ["tensorrt_int8", "onnxruntime_int8"])
-def test_exports_what_is_trained(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("residual", ["shortcut", "both"])
+def test_exports_what_is_trained(residual: str, tmp_path: Path) -> None:
     import onnx
 
-    model, x = calibrated(nn.Sequential(Block(), Down()), recipe)
+    model, x = calibrated(nn.Sequential(Block(), Down()), lq.Recipe(residual=residual))
 
     report = lq.export_onnx(model, x, tmp_path / "m.onnx")
 
@@ -531,7 +531,7 @@ def test_exports_what_is_trained(recipe: str, tmp_path: Path) -> None:
     made = {output: node for node in graph.node for output in node.output}
     for add in [node for node in graph.node if node.op_type == "Add"]:
         kinds = [made[i].op_type for i in add.input]
-        assert kinds.count("DequantizeLinear") == (2 if recipe == "onnxruntime_int8" else 1)
+        assert kinds.count("DequantizeLinear") == (2 if residual == "both" else 1)
 
 
 def test_compiles_and_trains() -> None:

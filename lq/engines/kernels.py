@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lq.export.graph import WEIGHTED, add_initializer, constant, producer
+from lq.export.grid import grid_of
 
 MAX_BIAS_CODE = 2**30
 """Largest bias in steps of the accumulator, an int32 that has to hold the whole sum."""
@@ -20,13 +21,13 @@ def encode_biases(graph: ir.Graph) -> bool:
     """
     found = False
     for layer in [node for node in graph if node.op_type in ("Conv", "Gemm")]:
-        input = producer(layer.inputs[0], "DequantizeLinear")
+        grid = grid_of(layer.inputs[0])  # through what moves integers, as the kernels are fused
         weight = producer(layer.inputs[1], "DequantizeLinear")
         bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
-        if input is None or weight is None or bias is None:
+        if grid is None or weight is None or bias is None:
             continue
         if _is_plain(layer) and weight.attributes.get_int("axis", 1) == 0:
-            found |= _encode_bias(graph, layer, (input, weight), bias)
+            found |= _encode_bias(graph, layer, weight, np.float32(grid.scale), bias)
     return found
 
 
@@ -60,12 +61,10 @@ def _is_plain(layer: ir.Node) -> bool:
 
 
 def _encode_bias(
-    graph: ir.Graph, layer: ir.Node, operands: tuple[ir.Node, ir.Node], bias: np.ndarray
+    graph: ir.Graph, layer: ir.Node, weight: ir.Node, input_scale: np.float32, bias: np.ndarray
 ) -> bool:
-    input, weight = operands
-    input_scale, scale = constant(input.inputs[1]), constant(weight.inputs[1])
-    codes = constant(weight.inputs[0])
-    if input_scale is None or scale is None or codes is None or codes.dtype != np.int8:
+    scale, codes = constant(weight.inputs[1]), constant(weight.inputs[0])
+    if scale is None or codes is None or codes.dtype != np.int8:
         return False
     scale = np.broadcast_to(scale, bias.shape)
     needed = _scale_that_holds(bias, input_scale, scale)
@@ -85,7 +84,7 @@ def _encode_bias(
     return True
 
 
-def _scale_that_holds(bias: np.ndarray, input_scale: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scale_that_holds(bias: np.ndarray, input_scale: np.float32, scale: np.ndarray) -> np.ndarray:
     """Return weight scales in whose steps a bias fits an int32.
 
     A channel whose weights are next to nothing has a step so small that its bias does not fit;

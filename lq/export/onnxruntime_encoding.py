@@ -11,9 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lq.export.graph import add_initializer, constant, producer
+from lq.export.grid import pair_grid
 from lq.export.passes import remove_unused
 
-INT8_MIN, INT8_MAX = -128, 127
+INT8_MIN = -128
+CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 REPEATS = "lq.repeats"
 """Metadata of a QuantizeLinear whose input is on its grid already, so that it changes nothing."""
 
@@ -27,18 +29,34 @@ def encode_for_onnxruntime(graph: ir.Graph) -> None:
     ``value = (code - z) * scale``
 
     where the zero-point ``z`` is 0 if ``low >= 0`` and 128 otherwise. Rounding is monotone, so it
-    commutes with clipping, and the clip at ``127 + z`` saturates where int8 does.
+    commutes with clipping, and the clip at ``127 + z`` saturates where int8 does. Codes that are
+    uint8 already need no clip where the activation function does what their range does.
     """
-    for quantize in [node for node in graph if node.op_type == "QuantizeLinear"]:
-        scale, zero_point = constant(quantize.inputs[1]), constant(quantize.inputs[2])
-        if zero_point is not None and zero_point.dtype == np.int8 and zero_point.ndim == 0:
-            assert scale is not None
-            _encode_activation(graph, quantize, scale)
+    for quantize in _activations(graph):
+        _encode_activation(graph, quantize)
     for pool in [node for node in graph if node.op_type == "MaxPool"]:
         dequantize = producer(pool.inputs[0], "DequantizeLinear")
         if dequantize is not None and not pool.outputs[0].is_graph_output():
             _repeat_pair(graph, dequantize, pool.outputs[0])
     remove_unused(graph)
+
+
+def encode_for_openvino(graph: ir.Graph) -> None:
+    """Store the codes behind activation functions without negative values as uint8, bit for bit.
+
+    OpenVINO itself gives int8 codes a zero-point of 128, for which its convolutions then have to
+    correct every padded edge; with 0 they have not.
+    """
+    for quantize in _activations(graph):
+        if _clipped(quantize)[1] >= 0:
+            _encode_activation(graph, quantize)
+    remove_unused(graph)
+
+
+def _activations(graph: ir.Graph) -> list[ir.Node]:
+    """Return the nodes that quantize a tensor to 8 bits with one scale and zero-point 0."""
+    grids = {node: pair_grid(node) for node in graph if node.op_type == "QuantizeLinear"}
+    return [n for n, grid in grids.items() if grid and grid.dtype in CODES and not grid.zero_point]
 
 
 def _repeat_pair(graph: ir.Graph, dequantize: ir.Node, value: ir.Value) -> None:
@@ -64,8 +82,8 @@ def _repeat_pair(graph: ir.Graph, dequantize: ir.Node, value: ir.Value) -> None:
         node.replace_input_with(index, pair.outputs[0])
 
 
-def _encode_activation(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray) -> None:
-    before, low, high = _clipped(quantize.inputs[0], scale)
+def _encode_activation(graph: ir.Graph, quantize: ir.Node) -> None:
+    before, low, high = _clipped(quantize)
     zero = 0 if low >= 0 else -INT8_MIN
     codes, readers = quantize.outputs[0], list(quantize.outputs[0].uses())
     quantize.replace_input_with(0, before)
@@ -83,14 +101,17 @@ def _encode_activation(graph: ir.Graph, quantize: ir.Node, scale: np.ndarray) ->
         reader.replace_input_with(index, clip.outputs[0])
 
 
-def _clipped(value: ir.Value | None, scale: np.ndarray) -> tuple[ir.Value | None, int, int]:
-    """Return what an activation function clips, and the codes of its bounds."""
-    activation = producer(value, "Relu") or producer(value, "Clip")
+def _clipped(quantize: ir.Node) -> tuple[ir.Value | None, int, int]:
+    """Return what is clipped and then quantized, and the smallest and the largest code of it."""
+    value, grid = quantize.inputs[0], pair_grid(quantize)
+    assert grid is not None
+    limits = np.iinfo(grid.dtype.numpy())
+    activation = producer(value, "Relu", "Clip")
     if value is None or activation is None or not _only_quantized(value):
-        return value, INT8_MIN, INT8_MAX
-    low, high = _bounds(activation)
-    codes = np.rint(np.array([low, high], np.float32) / scale).clip(INT8_MIN, INT8_MAX)
-    return activation.inputs[0], int(codes[0]), int(codes[1])
+        return value, limits.min, limits.max
+    codes = np.rint(np.array(_bounds(activation), np.float32) / np.float32(grid.scale))
+    low, high = codes.clip(limits.min, limits.max).astype(int)
+    return activation.inputs[0], int(low), int(high)
 
 
 def _only_quantized(value: ir.Value) -> bool:
@@ -115,3 +136,7 @@ def _byte(graph: ir.Graph, value: int) -> ir.Value:
     if name in graph.initializers:
         return graph.initializers[name]
     return add_initializer(graph, name, np.array(value, np.uint8))
+
+
+ENCODINGS = {"onnxruntime": encode_for_onnxruntime, "openvino": encode_for_openvino}
+"""Target -> what is done to the graph for it."""

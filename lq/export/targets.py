@@ -14,6 +14,8 @@ TARGETS: dict[str, frozenset[str]] = {
     "openvino": frozenset({"int8", "fp32"}),
 }
 """Target -> formats it runs. A new target is a row here."""
+UNSIGNED = frozenset({"onnxruntime", "openvino"})
+"""Targets that run inputs without a sign."""
 STORED_ONLY = frozenset({"int4"})
 """Formats of weights that are dequantized before they are multiplied."""
 
@@ -28,18 +30,17 @@ def check_target(model: nn.Module, target: str) -> None:
         spec = layer.layer_spec
         for part, reason in (
             ("weights", _refusal(spec.weights, target) or _mixture(spec)),
-            ("inputs", _refusal(spec.inputs, target)),
+            ("inputs", _refusal(layer.input_quantizer.spec, target, UNSIGNED)),
         ):
             if reason:
                 raise ValueError(
                     f"{target} cannot run layer {name!r}: its {part} are {reason}. Give it another "
                     f"format with a recipe rule (name: {name!r})."
                 )
-
-    for name, spec in _placed(model).items():
-        reason = _refusal(spec, target)
-        if spec.format in STORED_ONLY:
-            reason = f"{spec.format}, a format for weights alone"
+    for name, placed in _placed(model).items():
+        reason = _refusal(placed, target, UNSIGNED)
+        if placed.format in STORED_ONLY:
+            reason = f"{placed.format}, a format for weights alone"
         if reason:
             raise ValueError(
                 f"{target} cannot run quantizer {name!r}: it is {reason}. Give its module another "
@@ -57,10 +58,10 @@ def _placed(model: nn.Module) -> dict[str, QuantSpec]:
     }
 
 
-def _refusal(spec: QuantSpec, target: str) -> str | None:
+def _refusal(spec: QuantSpec, target: str, unsigned: frozenset[str] = frozenset()) -> str | None:
     if spec.format not in TARGETS[target]:
         return f"{spec.format}, and it runs {', '.join(sorted(TARGETS[target]))}"
-    if not spec.signed:
+    if not spec.signed and target not in unsigned:
         return "unsigned, and it runs signed integers with zero-point 0"
     return None
 

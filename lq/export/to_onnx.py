@@ -18,7 +18,7 @@ from torch import nn
 
 from lq.batches import model_inputs
 from lq.export import passes
-from lq.export.onnxruntime_encoding import encode_for_onnxruntime
+from lq.export.onnxruntime_encoding import ENCODINGS
 from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
 from lq.export.shared import name_shared_quantizers
 from lq.export.targets import check_target
@@ -59,8 +59,8 @@ def export_onnx(
         model: A quantized and calibrated model, or a float one.
         sample: One batch: a tensor, an (input, target) pair, or a mapping of keyword arguments.
         path: Where to write the file. A failed export leaves none.
-        target: What will run it: ``"tensorrt"``, ``"openvino"``, which takes the same graph, or
-            ``"onnxruntime"``, for which the same integers are encoded as its CPU kernels want.
+        target: What will run it: ``"tensorrt"``, or ``"openvino"`` or ``"onnxruntime"``, for which
+            the same integers are encoded as their CPU kernels want.
         batches: Batches for the parity check; the sample if not given.
         dynamic_batch: Let the first axis of all inputs vary.
         dynamic_image: Let height and width, the third and fourth axis of all images, vary.
@@ -78,8 +78,8 @@ def export_onnx(
     _check_float32(model)
     with written_whole(path) as temporary:
         graph = trace(model, sample, dynamic_batch, dynamic_image)
-        if target == "onnxruntime":
-            encode_for_onnxruntime(graph.graph)
+        if target in ENCODINGS:
+            ENCODINGS[target](graph.graph)
         ir.save(graph, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
         report = compare(model, temporary, [sample] if batches is None else batches)
