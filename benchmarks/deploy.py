@@ -169,7 +169,7 @@ def measure(name: str, groups: list[Runners], sizes: list[int], rounds: int) -> 
     for size in sizes:
         x = torch.randn(size, 3, 224, 224)
         seconds: dict[str, list[float]] = {}
-        for group in groups:  # threads of one engine go on spinning and would slow another's
+        for group in groups:  # apart, so that no engine's idle threads can slow another
             seconds |= timed({k: once(r, x) for k, r in group.items()}, rounds)
         times = {label: statistics.median(each) for label, each in seconds.items()}
         for group in groups:
