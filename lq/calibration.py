@@ -12,7 +12,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lq.batches import model_inputs
-from lq.calibrators import parse_calibrators
 from lq.collector import RangeCollector, weight_candidates
 from lq.digest import DataDigest, model_digest
 from lq.files import check_file_path
@@ -93,14 +92,13 @@ def find_ranges(
         >>> round(float(ranges.found["0.input_quantizer"].amax), 2)
         1.27
     """
-    parse_calibrators(calibrator)
+    collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
     asked = calibrator if subsample else f"{calibrator}, all counted"
     if cache is not None:
         check_file_path(cache)
         if Path(cache).is_file():
             return _from_cache(model, batches, asked, progress, cache)
     bar = tqdm(batches, "Calibrating", disable=not progress, leave=False)
-    collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
     tried: list[Call] = []
     count = samples = 0
     try:

@@ -23,6 +23,7 @@ from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
 from lq.messages import one_line
 from lq.module import QuantModule
+from lq.surgery import quantized_layers
 
 LINT = "\nAnd lq lint model.onnx, which needs no config: see lq lint --help."
 KEYWORDS = ("best", "last", "hpc")
@@ -65,6 +66,8 @@ class Trainer(L.Trainer):
             target_module(model, None), samples[0], path, target=target, batches=samples
         )
         print(f"Wrote {path}: {report.summary()}")
+        if not quantized_layers(model):
+            print("Nothing in it is quantized: the checkpoint is that of a model without a recipe.")
         if target != "tensorrt" or not engine:
             return
         if find_builder() is None:
@@ -92,7 +95,7 @@ class Trainer(L.Trainer):
             datamodule: Gives the batches.
             ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
             calibrator: max, percentile, percentile(99.9), entropy, mse, or auto: all of them are
-                tried, and the best is taken for each quantizer.
+                tried, and the best is taken for each quantizer or, if that is better, for all.
             batches: How many batches to look at.
             cache: File of the ranges. Used if it is of the same model and data, refused if of
                 others.

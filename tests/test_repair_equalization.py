@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lq
+from lq.models import resnet20
 from lq.repairs import equalize
 from lq.repairs.equalization import input_ranges, level_outputs, output_ranges, pair_factors
 from lq.repairs.pairs import find_pairs
@@ -182,3 +183,16 @@ def test_shared_layers_are_left_alone(how: str) -> None:
             return x @ self.a.weight if how == "read" else x
 
     assert find_pairs(Shares()).pairs == ()
+
+
+@pytest.mark.parametrize("residual", ["shortcut", "both"])
+def test_quantizers_on_residual_additions_hide_no_pair(residual: str) -> None:
+    plain, placed = (
+        lq.quantize(resnet20(), lq.Recipe(residual=where)) for where in (None, residual)
+    )
+
+    found = find_pairs(placed)
+
+    assert found.left == {}
+    assert found.pairs == find_pairs(plain).pairs
+    assert len(found.pairs) >= 9  # the two convolutions of each block

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lq.layers import QUANT_CLASSES, QuantLayer, float_class, is_quantizable
+from lq.quantizer import Quantizer
 
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -55,7 +56,10 @@ class Found:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantLayer) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, (QuantLayer, Quantizer)):
+            return True
+        cls = float_class(m)  # one of torch's own modules may have a quantizer on its output
+        return cls.__module__.startswith("torch.nn") and not issubclass(cls, nn.Sequential)
 
 
 def find_pairs(model: nn.Module) -> Found:

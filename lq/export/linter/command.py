@@ -17,8 +17,9 @@ def main(arguments: list[str]) -> int:
     try:
         if options.fix:
             output = options.model.with_suffix(".fixed.onnx")
+            before = len(lint(options.model, options.target))
             findings = fix(options.model, output, options.target)
-            print(f"Wrote {output}")
+            print(f"Wrote {output}: {before - len(findings)} of {before} findings fixed")
         else:
             findings = lint(options.model, options.target)
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,7 +9,8 @@ from lq.export.linter.finding import Rule
 RULES: dict[str, Rule] = {
     "residual": Rule(
         placement_rules.residual,
-        "quantize the shortcut before the Add, with the scale of the tensor it forks from",
+        "quantize the shortcut before the Add, with the scale of the tensor it forks from, or both "
+        "inputs (recipe: `residual: shortcut` for TensorRT, `residual: both` for CPU engines)",
     ),
     "concat": Rule(
         placement_rules.concat,
