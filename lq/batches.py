@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _TARGETS = {"label", "labels", "target", "targets"}
+
+
+def check_batches(batches: Any) -> None:
+    """Raise a ``ValueError`` unless `batches` can be gone through batch by batch.
+
+    Example:
+        >>> check_batches(torch.zeros(8, 3, 4, 4))
+        Traceback (most recent call last):
+        ValueError: Expected `batches` to be an iterable of batches, such as a list or a DataLoader,
+        but got Tensor; pass [batch] for a single one.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise ValueError(
+            "Expected `batches` to be an iterable of batches, such as a list or a DataLoader, but "
+            f"got {type(batches).__name__}; pass [batch] for a single one."
+        )
 
 
 def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

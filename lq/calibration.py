@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from lq.batches import model_inputs
+from lq.batches import check_batches, model_inputs
 from lq.collector import RangeCollector, weight_candidates
 from lq.digest import DataDigest, model_digest
 from lq.files import check_file_path
@@ -92,6 +92,7 @@ def find_ranges(
         >>> round(float(ranges.found["0.input_quantizer"].amax), 2)
         1.27
     """
+    check_batches(batches)
     collector, digest = RangeCollector(model, calibrator, subsample), DataDigest()
     asked = calibrator if subsample else f"{calibrator}, all counted"
     if cache is not None:

@@ -117,6 +117,11 @@ class Recorder:
     def call(self, node: str) -> tuple[Quantizer, Tensor]:
         """Return the quantizer a node is named after, and what its n-th call was given."""
         name, _, call = node.partition("@")
+        if name not in self.quantizers:
+            raise ValueError(
+                f"Expected the model that the file was exported from, but it has no quantizer "
+                f"{name!r}; quantize it with the same recipe."
+            )
         return self.quantizers[name], self.given[name][int(call or 0)]
 
     def output(self, layer: str) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lq.agreement import MIN_ENGINE_SQNR_DB, Agreement, OutputComparison
-from lq.batches import model_inputs, tensors
+from lq.batches import check_batches, model_inputs, tensors
 from lq.engines import Runner, open_engine
 from lq.layer_parity import CutGraph, LayerParity, Recorder
 from lq.modes import eval_mode, quantizer_mode
@@ -56,7 +56,7 @@ class ParityReport(Agreement):
             return super().summary()
         where = f", first diverging layer {self.first_divergence!r}" * bool(self.first_divergence)
         how = "; 16-bit layers rounded in float32" * self.cast_through
-        fused = f"; fused {self.optimized.sqnr_db:.1f} dB" if self.optimized else ""
+        fused = f"; optimized session {self.optimized.sqnr_db:.1f} dB" if self.optimized else ""
         return (
             f"{super().summary()}, codes differ by at most {self.max_code_difference} per layer"
             f"{where}{how}{fused}"
@@ -99,6 +99,7 @@ def parity(
         >>> parity(model, path, batches).top1_agreement
         1.0
     """
+    check_batches(batches)
     if engine is None and isinstance(onnx, (str, Path)) and Path(onnx).suffix == ".onnx":
         report = compare(model, onnx, batches)
     else:

@@ -242,6 +242,14 @@ def test_no_batches() -> None:
     assert as_it_is(model) == before
 
 
+@pytest.mark.parametrize(
+    "batches", [images()[0], {"image": images()[0]}, 7], ids=lambda b: type(b).__name__
+)
+def test_what_is_no_iterable_of_batches(batches: Any) -> None:
+    with pytest.raises(ValueError, match=r"iterable of batches.*pass \[batch\]"):
+        lq.calibrate(net(), batches, progress=False)
+
+
 def test_an_unknown_calibrator_is_refused_before_any_work() -> None:
     def never() -> Iterator[Tensor]:
         pytest.fail("a batch was taken")

@@ -1,5 +1,7 @@
 """Parity finds what is wrong, and nothing where nothing is."""
 
+import copy
+
 import onnx
 import pytest
 import torch
@@ -215,3 +217,9 @@ def test_the_branch_of_an_add_is_named(tmp_path) -> None:
     exported_model(model, x, path)
     with pytest.raises(RuntimeError, match="first diverging layer 'b'"):
         lq.parity(model, tampered(path, "b.weight.int8", lambda w: -w), [x])
+
+
+def test_a_model_that_the_file_is_not_of(exported) -> None:
+    model, path, batches = exported
+    with pytest.raises(ValueError, match=r"exported from.*'conv1\.input_quantizer'"):
+        lq.parity(lq.dequantize(copy.deepcopy(model)), path, batches)
