@@ -247,7 +247,7 @@ def test_real_digits_settle(capsys) -> None:
             optimizer.step()
     lq.quantize(model.eval(), "tensorrt_int8")
     data = module.calibration_dataloader(), module.val_dataloader()
-    curve = lq.calibration_curve(model, *data, "percentile")
+    curve = lq.calibration_curve(model, *data, "percentile(99.9)")
     assert "Calibration curve" in capsys.readouterr().err
     assert [point.samples for point in curve.points] == [*(8 << i for i in range(8)), 1197]
     assert curve.float_top1 > 0.9
@@ -255,6 +255,6 @@ def test_real_digits_settle(capsys) -> None:
     assert curve.points[0].sqnr_db < curve.points[-1].sqnr_db - 1  # eight digits are too few
     assert curve.enough is not None
     assert 16 <= curve.enough <= 256
-    few = lq.calibration_curve(model, *data, "percentile", sizes=[8, 16, 32], progress=False)
+    few = lq.calibration_curve(model, *data, "percentile(99.9)", sizes=[8, 16, 32], progress=False)
     assert few.enough is None
     assert capsys.readouterr().err == ""
