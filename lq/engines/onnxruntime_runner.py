@@ -15,30 +15,12 @@ from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
 from lq.engines.kernels import encode_biases, encode_weights_unsigned
+from lq.export.graph import load_graph
 from lq.export.grid import code_type
 
 log = logging.getLogger(__name__)
 _FLOAT_8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 _DTYPES = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
-
-
-def load_graph(path: str | Path) -> ir.Model:
-    """Return the graph in an ONNX file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not an ONNX model.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
-    try:
-        return ir.load(path)
-    except Exception as error:
-        raise ValueError(
-            f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
-            f"{type(error).__name__}."
-        ) from None
 
 
 class OnnxRuntimeRunner(Runner):

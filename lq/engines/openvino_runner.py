@@ -12,7 +12,7 @@ from torch import Tensor
 from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import has_16_bit
-from lq.engines.onnxruntime_runner import load_graph
+from lq.export.graph import load_graph
 from lq.messages import suggest
 
 INSTALL = "openvino is not installed; install it: pip install 'lq[openvino]'."

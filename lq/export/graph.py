@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply by a weight."""
+
+
+def load_graph(path: str | Path) -> ir.Model:
+    """Return the graph in an ONNX file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not an ONNX model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
+    try:
+        return ir.load(path)
+    except Exception as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
+            f"{type(error).__name__}."
+        ) from None
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from lq.export.graph import load_graph
 from lq.export.linter.finding import Finding, name_of
 from lq.export.linter.rules import RULES
 from lq.export.linter.target_rules import CODES
@@ -59,15 +60,7 @@ def read(model: str | Path | Any) -> ir.Model:
 
 
 def _load(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected an ONNX file at {str(path)!r}, but there is none.")
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise ValueError(
-            f"Expected {str(path)!r} to be an ONNX model, but it cannot be read: "
-            f"{type(error).__name__}."
-        ) from None
+    model = load_graph(path)
     if not len(model.graph):
         raise ValueError(f"Expected {str(path)!r} to be an ONNX model, but its graph is empty.")
     return model
