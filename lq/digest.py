@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lq.ranks import world_size
 from lq.state import recipe_of
 
 
@@ -34,11 +35,10 @@ class DataDigest:
 
     def hexdigest(self) -> str:
         """Return the hash of everything so far."""
-        distributed = torch.distributed
-        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        if world_size() == 1:
             return self._hash.hexdigest()
-        parts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, self._hash.hexdigest())
+        parts: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(parts, self._hash.hexdigest())
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

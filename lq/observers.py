@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lq.histogram import BINS, Histogram, bin_index, count
+from lq.ranks import world_size
 
 BLOCK = 64
 """Neighbours in memory that are sampled together."""
@@ -62,7 +63,7 @@ class RangeObserver:
 
     def synchronize(self, device: torch.device) -> None:
         """Merge the statistics of all ranks into each, where training is distributed."""
-        if _world_size() == 1:
+        if world_size() == 1:
             return
         # A rank that saw nothing must take part all the same.
         amax = torch.full((), -1.0, device=device) if self.amax is None else self.amax
@@ -116,7 +117,7 @@ class HistogramObserver(RangeObserver):
     def synchronize(self, device: torch.device) -> None:
         """Merge the statistics of all ranks into each."""
         super().synchronize(device)
-        if _world_size() == 1 or self.amax is None:
+        if world_size() == 1 or self.amax is None:
             return
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
@@ -137,8 +138,3 @@ def _count_sampled(blocks: Tensor, peaks: Tensor, every: int) -> Tensor:
     counts = count(blocks[::every]) * every
     counts[cut:] = count(blocks[peak_bins >= cut])[cut:]
     return counts
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_initialized() else 1

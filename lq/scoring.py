@@ -13,6 +13,7 @@ from lq.batches import tensors
 from lq.modes import set_mode
 from lq.quantizer import Mode, Quantizer
 from lq.ranges import Ranges
+from lq.ranks import world_size
 from lq.surgery import quantized_layers, quantizers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -163,11 +164,10 @@ def _trial(quantizer: Quantizer, amax: Tensor) -> Iterator[None]:
 
 
 def _summed_over_ranks(value: Tensor | None, module: nn.Module) -> float:
-    distributed = torch.distributed
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if world_size() == 1:
         return 0.0 if value is None else float(value)
     held = [*module.parameters(), *module.buffers()]
     total = torch.zeros((), dtype=torch.float64, device=held[0].device) if value is None else value
     total = total.clone()
-    distributed.all_reduce(total)
+    torch.distributed.all_reduce(total)
     return float(total)

@@ -17,7 +17,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"attention", "functional", "files", "formats", "gemm", "messages", "tracing"},
+    {"attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
     {"layers"},
