@@ -113,7 +113,7 @@ class RangeCollector:
                 log.warning("No batch was left to try the calibrators on; ranges are those of mse.")
             candidates = self._candidates if self._scorer else self._all_candidates()
             errors = self._scorer.errors() if self._scorer else {}
-            ranges = Ranges(_chosen(candidates, errors, self.calibrators[-1].name))
+            ranges = self._chosen(candidates, errors, self.calibrators[-1].name)
         finally:
             self.abort()
         ranges.apply(self.model)
@@ -123,7 +123,21 @@ class RangeCollector:
     def rivals(self) -> dict[str, Ranges]:
         """Return the ranges of each calibrator alone, for the whole model."""
         names = [calibrator.name for calibrator in self.calibrators]
-        return {name: Ranges(_chosen(self._candidates, {}, name)) for name in names}
+        return {name: self._chosen(self._candidates, {}, name) for name in names}
+
+    def _chosen(
+        self, candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
+    ) -> Ranges:
+        """Return of every quantizer the range with the smallest error, or of one calibrator."""
+        found = quantizers(self.model)
+        chosen = {}
+        for name, ranges in candidates.items():
+            scores = errors.get(name, {})
+            best = min(scores, key=scores.__getitem__) if scores else otherwise
+            best = best if best in ranges else "max"  # weights have no percentile
+            ends = None if found[name].spec.symmetric else self.observers[name].ends
+            chosen[name] = Range(ranges[best], best, scores, ends)
+        return Ranges(chosen)
 
     def _all_candidates(self) -> Candidates:
         weights = weight_candidates(self.model, [c.name for c in self.calibrators])
@@ -147,19 +161,6 @@ class RangeCollector:
         if unseen:
             log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
         return candidates
-
-
-def _chosen(
-    candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
-) -> dict[str, Range]:
-    """Return of every quantizer the range with the smallest error, or that of one calibrator."""
-    chosen = {}
-    for name, ranges in candidates.items():
-        scores = errors.get(name, {})
-        best = min(scores, key=scores.__getitem__) if scores else otherwise
-        best = best if best in ranges else "max"  # weights have no percentile
-        chosen[name] = Range(ranges[best], best, scores)
-    return chosen
 
 
 def weight_candidates(model: nn.Module, calibrators: Iterable[str] = ("max",)) -> Candidates:

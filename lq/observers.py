@@ -22,7 +22,8 @@ class RangeObserver:
     """Keeps the largest magnitude of all tensors shown to it.
 
     Attributes:
-        amax: ``max |x|`` over everything observed, float32 ``[]``; ``None`` before the first.
+        ends: How far everything observed reaches below and above 0, ``[-min x, max x]``, float32
+            ``[2]``; ``None`` before the first.
         name: Whose input is observed, for messages.
         batch: Number of the batch being observed, for messages.
     """
@@ -30,8 +31,13 @@ class RangeObserver:
     def __init__(self, name: str) -> None:
         self.name = name
         self.batch = 0
-        self.amax: Tensor | None = None
+        self.ends: Tensor | None = None
         self._last: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def amax(self) -> Tensor | None:
+        """``max |x|`` over everything observed, ``[]``; ``None`` before the first."""
+        return None if self.ends is None else self.ends.amax().abs()  # not -0
 
     def observe(self, x: Tensor) -> None:
         """Take note of one tensor, once where several layers in a row are given the same.
@@ -50,25 +56,26 @@ class RangeObserver:
 
     def _collect(self, x: Tensor) -> None:
         low, high = torch.aminmax(x)
-        self._note(torch.maximum(-low, high))
+        self._note(low, high)
 
-    def _note(self, amax: Tensor) -> None:
-        amax = amax.float().abs()  # not -0
-        if not amax.isfinite():
+    def _note(self, low: Tensor, high: Tensor) -> None:
+        ends = torch.stack([-low, high]).float()
+        if not ends.isfinite().all():
             raise RuntimeError(
                 f"Expected finite activations, but {self.name!r} got NaN or infinity in batch "
                 f"{self.batch}."
             )
-        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        self.ends = ends if self.ends is None else torch.maximum(self.ends, ends)
 
     def synchronize(self, device: torch.device) -> None:
         """Merge the statistics of all ranks into each, where training is distributed."""
         if world_size() == 1:
             return
         # A rank that saw nothing must take part all the same.
-        amax = torch.full((), -1.0, device=device) if self.amax is None else self.amax
-        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
-        self.amax = None if amax < 0 else amax
+        nothing = torch.full((2,), -torch.inf, device=device)
+        ends = nothing if self.ends is None else self.ends
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        self.ends = ends if ends.isfinite().all() else None
 
 
 class HistogramObserver(RangeObserver):
@@ -106,8 +113,9 @@ class HistogramObserver(RangeObserver):
         else:
             whole = values.numel() // BLOCK * BLOCK
             blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
-            peaks = torch.maximum(blocks.amax(1), -blocks.amin(1))
-            self._note(peaks.amax())
+            lows, highs = blocks.amin(1), blocks.amax(1)
+            self._note(lows.amin(), highs.amax())
+            peaks = torch.maximum(highs, -lows)
             counts = _count_sampled(blocks, peaks, -(-values.numel() // self.sample))
             if rest.numel():
                 super()._collect(rest)

@@ -127,6 +127,7 @@ def quantize(model: ModuleT, recipe: Recipe | str | Path | Mapping[str, Any]) ->
             f"quantized, but found none in {type(model).__name__}"
             + (f" ({_describe(left)})." if left else ".")
         )
+    recipe = recipe.of_layers(list(layers))
     recipe.check_rules(layers, nameable(dataflow))
     specs = {name: recipe.layer_spec(name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():

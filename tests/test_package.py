@@ -18,6 +18,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"},
+    {"tensor_spec"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
     {"layers"},

@@ -150,11 +150,15 @@ def _rewrite(model: ir.Model) -> None:
 
 
 def _quantize_dequantize(
-    x: Any, scale: Any, qmin: float, qmax: float, axis: int | None = None
+    x: Any, scale: Any, qmin: float, qmax: float, axis: int | None = None, offset: Any = None
 ) -> Any:
     """Write ``lq::fake_quantize`` as QuantizeLinear and DequantizeLinear."""
     shape = () if axis is None else (scale.shape[0],)
     zero_point = op.Constant(value=ir.tensor(np.zeros(shape, CODES[qmax])))
+    if offset is not None:  # of constants, so it is folded to one
+        low, high = (op.Constant(value=ir.tensor(np.float32(bound))) for bound in (qmin, qmax))
+        code = op.Round(op.Sub(low, op.Div(offset, scale)))
+        zero_point = op.Cast(op.Clip(code, low, high), to=ir.DataType.UINT8)
     along = {} if axis is None else {"axis": axis}
     codes = op.QuantizeLinear(x, scale, zero_point, **along)
     return op.DequantizeLinear(codes, scale, zero_point, **along)
