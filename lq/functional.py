@@ -39,6 +39,12 @@ def along_axis(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     return scale.view([-1 if i == axis % ndim else 1 for i in range(ndim)])
 
 
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements ``[N]`` in the order they lie in memory, without a copy where dense."""
+    order = sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
+    return x.permute(order).reshape(-1)
+
+
 def encode(
     x: Tensor,
     scale: Tensor,
@@ -170,20 +176,18 @@ def _scale_gradient(
         zero_point: Code of 0; ``None`` for 0.
         axis: Channel axis; ``None`` per tensor.
     """
-    clipped = grad - passed
-    # Inside the range the difference of x and y is taken first: sums of each would cancel.
-    terms = [(clipped, y)] if x is None else [(clipped, y), (passed, y - x)]
-    total = sum((_dot(a, b, axis) for a, b in terms), torch.zeros_like(scale)) / scale
+    inside = y if x is None else x
+    total = (_dot(grad, y, axis) - _dot(passed, inside, axis)) / scale
     if zero_point is not None:
-        total = total + zero_point * clipped.sum()
+        total = total + zero_point * (grad.sum() - passed.sum())
     return total
 
 
 def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """Return the sum of products, over all axes or all but one."""
-    if axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    return (a * b).sum([i for i in range(a.dim()) if i != axis % a.dim()])
+    if axis is None and a.stride() == b.stride():
+        return torch.dot(in_memory_order(a), in_memory_order(b))
+    return (a * b).sum([i for i in range(a.dim()) if axis is None or i != axis % a.dim()])
 
 
 def offset_to_zero_point(offset: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:

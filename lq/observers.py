@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from lq.functional import in_memory_order
 from lq.histogram import BINS, Histogram, bin_index, count
 from lq.ranks import world_size
 
@@ -130,12 +131,6 @@ class HistogramObserver(RangeObserver):
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(self.counts)
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """Return the elements ``[N]`` in the order they lie in memory, without a copy where dense."""
-    order = sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
-    return x.permute(order).reshape(-1)
 
 
 def _count_sampled(blocks: Tensor, peaks: Tensor, every: int) -> Tensor:
