@@ -29,6 +29,17 @@ def freeze_scales(model: nn.Module) -> None:
             tensor.requires_grad_(False)
 
 
+def set_bits(model: nn.Module, bits: int | None) -> None:
+    """Let integer formats of fewer bits have that many for now; ``None`` for their own.
+
+    The ranges stay: ``scale * qmax`` is the same magnitude with any number of bits, so what is
+    saved meanwhile fits the formats of the recipe.
+    """
+    for quantizer in quantizers(model).values():
+        if quantizer.spec.format.startswith("int"):
+            quantizer.bits = bits
+
+
 def freeze_batchnorm(model: nn.Module) -> None:
     """Let BatchNorm layers use and keep their running statistics, until ``model.train()``."""
     for module in model.modules():

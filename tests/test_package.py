@@ -25,6 +25,7 @@ LEVELS = [
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration"},
+    {"schedule", "quantized_training"},
     {"repairs"},
     {"export"},
     {"engines"},
