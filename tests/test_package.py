@@ -23,7 +23,7 @@ LEVELS = [
     {"layers"},
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
-    {"digest", "ranges", "scoring", "collector", "calibration"},
+    {"digest", "distillation", "ranges", "scoring", "collector", "calibration"},
     {"repairs"},
     {"export"},
     {"engines"},
@@ -97,6 +97,7 @@ def test_public_names() -> None:
         assert callable(getattr(lq, name)), name
     assert set(lq.callbacks.__all__) == {
         "Calibration",
+        "Distillation",
         "EngineComparison",
         "Export",
         "QuantizationAwareTraining",
