@@ -7,6 +7,7 @@ from lq.callbacks.calibration import Calibration
 from lq.callbacks.distillation import Distillation
 from lq.callbacks.engine_comparison import EngineComparison
 from lq.callbacks.export import Export
+from lq.callbacks.oscillation import OscillationControl
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.quantizer_monitor import QuantizerMonitor
 
@@ -15,6 +16,7 @@ __all__ = [
     "Distillation",
     "EngineComparison",
     "Export",
+    "OscillationControl",
     "QuantizationAwareTraining",
     "QuantizerMonitor",
 ]

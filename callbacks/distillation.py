@@ -211,7 +211,7 @@ def _as_trained(loss: Tensor, trainer: L.Trainer, pl_module: L.LightningModule) 
     if pl_module.automatic_optimization:
         loss = loss / trainer.accumulate_grad_batches
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return loss if scaler is None else scaler.scale(loss)  # type: ignore[no-any-return]
+    return loss if scaler is None else scaler.scale(loss)
 
 
 def _has_ranges(target: nn.Module) -> bool:

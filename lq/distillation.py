@@ -285,7 +285,7 @@ class Distiller:
         unsaid = [loss.detach()]
         for (tensor, _), gradient in zip(pairs, gradients, strict=True):
             if tensor.requires_grad:
-                tensor.register_hook(self._add(gradient, unsaid))
+                tensor.register_hook(self._add(gradient, unsaid))  # type: ignore[no-untyped-call]
 
     def _loss(self, found: list[Tensor], expected: list[Tensor]) -> Tensor:
         pairs = list(zip(found, expected, strict=True))

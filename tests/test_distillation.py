@@ -245,10 +245,9 @@ def test_feature_names_and_outputs_are_checked():
     student, _, teacher, x = nets()
     with pytest.raises(ValueError, match=r"`features`.*'bodi'.*did you mean 'body'"):
         Distiller(student, teacher, features=["bodi"])
+    student.other = teacher.other = nn.Linear(1, 1)
+    Distiller(student, teacher, features=["other"]).start()
     with pytest.raises(RuntimeError, match=r"'other'.*0 and 0 times"):
-        student.other = teacher.other = nn.Linear(1, 1)
-        distiller = Distiller(student, teacher, features=["other"])
-        distiller.start()
         student(x)
 
 

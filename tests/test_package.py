@@ -23,7 +23,10 @@ LEVELS = [
     {"layers"},
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
-    {"digest", "distillation", "ranges", "scoring", "collector", "calibration"},
+    {
+        *("digest", "ranges", "scoring", "collector", "calibration"),
+        *("distillation", "oscillation"),
+    },
     {"repairs"},
     {"export"},
     {"engines"},
@@ -100,6 +103,7 @@ def test_public_names() -> None:
         "Distillation",
         "EngineComparison",
         "Export",
+        "OscillationControl",
         "QuantizationAwareTraining",
         "QuantizerMonitor",
     }
