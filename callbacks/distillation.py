@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_weights
 from lq.digest import model_digest
-from lq.distillation import Distiller, float_copy
+from lq.distillation import float_copy
+from lq.distiller import Distiller
 from lq.surgery import quantizers
 
 SELF = "self"

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lq.callbacks.target import target_module
-from lq.functional import encode
-from lq.layers import QuantLayer
 from lq.messages import suggest
-from lq.oscillation import (
-    OSCILLATING,
-    OscillationTracker,
-    annealed,
-    dampening_gradient,
-    is_low_bit,
-    latent_layers,
-    latent_weight,
-    masked_weight,
-    weight_mask,
-)
-from lq.quantizer import Mode
+from lq.oscillation import annealed
+from lq.stabilizer import Stabilizer
 
 METHODS = ("freeze", "dampen", "track")
 
@@ -87,9 +75,8 @@ class OscillationControl(L.Callback):
         self.method, self.momentum = method, momentum
         self.threshold, self.final_threshold = threshold, final_threshold
         self.dampening, self.max_bits, self.module = dampening, max_bits, module
-        self._candidates: dict[str, QuantLayer] = {}
-        self._trackers: dict[str, OscillationTracker] = {}
-        self._formats: dict[str, str] = {}
+        self._stabilizer: Stabilizer | None = None
+        self._state: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._progress = 0.0
 
@@ -101,20 +88,22 @@ class OscillationControl(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget what was known of another fit."""
         if stage == "fit":
-            self._trackers, self._formats = {}, {}
+            self._stabilizer, self._state = None, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look on after every step of an optimizer."""
-        self._candidates, others = latent_layers(target_module(pl_module, self.module))
-        if others:
-            rank_zero_warn(f"Oscillations left alone where weights are computed: {others}.")
-        quantizers = [layer.weight_quantizer for layer in self._candidates.values()]
-        if not any(is_low_bit(quantizer, self.max_bits) for quantizer in quantizers):
+        target, freezes = target_module(pl_module, self.module), self.method == "freeze"
+        self._stabilizer = Stabilizer(target, freezes, self.momentum, self.max_bits)
+        if self._state is not None:
+            self._stabilizer.load_state_dict(self._state)
+        if self._stabilizer.others:
+            others = self._stabilizer.others
+            rank_zero_warn(f"Oscillations are left alone where weights are computed: {others}.")
+        if not self._stabilizer.has_layers:
             rank_zero_warn(
                 f"No layer has integer weights of at most `max_bits`, {self.max_bits}, bits: "
                 "oscillations are not controlled while that is so."
             )
-        self._check_method()
         self._handles = [o.register_step_post_hook(self._after_step()) for o in trainer.optimizers]
 
     def on_train_batch_start(
@@ -127,19 +116,18 @@ class OscillationControl(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Change the gradients: of frozen weights, or to dampen."""
-        for name, layer in self._layers(optimizer).items():
-            gradient = getattr(latent_weight(layer), "grad", None)
-            if gradient is None:
-                continue
-            if self.method == "dampen":
-                gradient.add_(self._dampening(trainer, optimizer, layer))
-            elif name in self._trackers and self._trackers[name].frozen is not None:
-                gradient.masked_fill_(self._trackers[name].frozen, 0)
+        assert self._stabilizer is not None
+        if self.method == "freeze":
+            self._stabilizer.mask_gradients(_parameters(optimizer))
+        elif self.method == "dampen":
+            weight = annealed(0.0, self.dampening, self._progress)
+            self._stabilizer.dampen(_parameters(optimizer), weight, _loss_scale(trainer, optimizer))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the shares."""
-        if self._trackers:
-            pl_module.log_dict(shares(self._trackers))
+        assert self._stabilizer is not None
+        shares = self._stabilizer.shares()
+        pl_module.log_dict({f"oscillation/{name}": share for name, share in shares.items()})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look no longer."""
@@ -151,75 +139,20 @@ class OscillationControl(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of every weight."""
-        trackers = {name: tracker.state() for name, tracker in self._trackers.items()}
-        return {"trackers": trackers, "formats": self._formats}
+        return (self._state or {}) if self._stabilizer is None else self._stabilizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was known."""
-        self._formats = state_dict["formats"]
-        self._trackers = {
-            name: OscillationTracker.restored(state, self.momentum)
-            for name, state in state_dict["trackers"].items()
-        }
-
-    def _layers(self, optimizer: Optimizer) -> dict[str, QuantLayer]:
-        """Return the layers that an optimizer trains with their weights quantized."""
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return {
-            name: layer
-            for name, layer in self._candidates.items()
-            if id(latent_weight(layer)) in trained
-            and is_low_bit(layer.weight_quantizer, self.max_bits)
-            and layer.weight_quantizer.mode is Mode.QUANTIZE
-            and layer.weight_quantizer.is_calibrated
-        }
+        """Keep what was known until the training starts."""
+        self._state = state_dict
 
     # A function, not a method: a copy of the optimizer must not copy the trackers.
-    def _after_step(self) -> Any:
+    def _after_step(self) -> Callable[..., None]:
         def hook(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            assert self._stabilizer is not None
             threshold = annealed(self.threshold, self.final_threshold, self._progress)
-            with torch.no_grad():
-                for name, layer in self._layers(optimizer).items():
-                    self._tracker(name, layer).follow(layer, threshold)
+            self._stabilizer.step(_parameters(optimizer), threshold)
 
         return hook
-
-    def _tracker(self, name: str, layer: QuantLayer) -> OscillationTracker:
-        """Return a layer's tracker: a new one where its weights have another format now."""
-        quantizer, weight = layer.weight_quantizer, masked_weight(layer)
-        assert quantizer.scale is not None
-        spec, scale = quantizer.spec, quantizer.scale.detach()
-        if self._formats.get(name) != spec.format:
-            codes = encode(weight.float(), scale, spec.qmin, spec.qmax, spec.axis)
-            self._trackers[name] = OscillationTracker(codes, self.momentum, self._freezes)
-            self._formats[name] = spec.format
-        return self._trackers[name].to(weight.device)
-
-    def _dampening(self, trainer: L.Trainer, optimizer: Optimizer, layer: QuantLayer) -> Tensor:
-        spec, scale = layer.weight_quantizer.spec, layer.weight_quantizer.scale
-        assert scale is not None
-        weight = masked_weight(layer)
-        gradient = dampening_gradient(weight, scale, spec.qmin, spec.qmax, spec.axis)
-        mask = weight_mask(layer)
-        gradient = gradient if mask is None else gradient * mask
-        gradient *= annealed(0.0, self.dampening, self._progress)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            # Fused optimizers take the loss scale out of the gradients themselves.
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            gradient = gradient if scaler is None else scaler.scale(gradient)
-        return gradient
-
-    @property
-    def _freezes(self) -> bool:
-        return self.method == "freeze"
-
-    def _check_method(self) -> None:
-        if any((t.frozen is None) is self._freezes for t in self._trackers.values()):
-            raise RuntimeError(
-                f"Expected a checkpoint of a fit with method {self.method!r}, but it is of one "
-                f"that {'did not freeze' if self._freezes else 'froze'} weights; go on with its "
-                "method, or begin anew with its weights."
-            )
 
     def _stop(self) -> None:
         for handle in self._handles:
@@ -227,15 +160,16 @@ class OscillationControl(L.Callback):
         self._handles = []
 
 
-def shares(trackers: dict[str, OscillationTracker]) -> dict[str, float]:
-    """Return the shares of weights that oscillate and that are frozen, by the names of logs."""
-    counts = {n: int((t.frequency > OSCILLATING).sum()) for n, t in trackers.items()}
-    total = sum(tracker.frequency.numel() for tracker in trackers.values())
-    logged = {"oscillation/share": sum(counts.values()) / total}
-    for name, count in counts.items():
-        logged[f"oscillation/{name}/share"] = count / trackers[name].frequency.numel()
-    frozen = [int(t.frozen.sum()) for t in trackers.values() if t.frozen is not None]
-    return logged | ({"oscillation/frozen": sum(frozen) / total} if frozen else {})
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _loss_scale(trainer: L.Trainer, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+    """Return what the gradients are scaled by now: only fused optimizers still have it in them."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return lambda gradient: gradient
+    return scaler.scale  # type: ignore[no-any-return]
 
 
 def _progress(trainer: L.Trainer, batch_idx: int) -> float:

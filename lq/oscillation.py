@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lq.functional import along_axis, encode
+from lq.latent import latent_weight, masked_weight, weight_mask, weight_scale
 from lq.layers import QuantLayer
-from lq.quantizer import Quantizer
-from lq.surgery import quantized_layers
+from lq.spec import QuantSpec
 
 _PART = 1 << 15
 """Weights to work on at a time: they stay in the cache, and one thread is quickest."""
@@ -157,13 +157,13 @@ class OscillationTracker:
         self.codes.copy_(torch.where(new, self.average.round().to(torch.int8), self.codes))
         self.frozen.logical_or_(new)
 
-    def step(self, weight: Tensor, quantizer: Quantizer, threshold: float = math.inf) -> None:
+    def step(
+        self, weight: Tensor, scale: Tensor, spec: QuantSpec, threshold: float = math.inf
+    ) -> None:
         """Take note of a weight after an optimizer's step, and hold what is frozen of it.
 
         Frozen weights are set to their codes times the scale, which may be one that learns.
         """
-        assert quantizer.scale is not None
-        spec, scale = quantizer.spec, quantizer.scale.detach()
         for part, piece, steps in _parts(self, weight, scale, spec.axis):
             # Twice: what an optimizer's momentum moved, and what is newly frozen.
             part._hold(piece, steps)
@@ -174,7 +174,7 @@ class OscillationTracker:
         """Do a ``step`` with the weight of a layer, where it is pruned with what is left of it."""
         latent, weight, mask = latent_weight(layer), masked_weight(layer), weight_mask(layer)
         assert latent is not None
-        self.step(weight, layer.weight_quantizer, threshold)
+        self.step(weight, weight_scale(layer), layer.weight_quantizer.spec, threshold)
         if self.frozen is not None and mask is not None:
             latent.copy_(torch.where(mask != 0, weight, latent))
 
@@ -223,68 +223,3 @@ def _parts(
     for start in range(0, size, rows):
         index = (*[slice(None)] * along, slice(start, start + rows))
         yield tracker[index], weight[index], steps if axis is None else steps[index]
-
-
-def latent_weight(layer: nn.Module) -> nn.Parameter | None:
-    """Return the parameter behind a layer's weight, if the weight's values are its own.
-
-    That is the weight itself, or what ``torch.nn.utils.prune`` masks; ``None`` for a weight that
-    is computed in another way.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> latent_weight(layer) is layer.weight
-        True
-    """
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, nn.Parameter):
-        return weight
-    return None if weight_mask(layer) is None else layer._parameters.get("weight_orig")
-
-
-def weight_mask(layer: nn.Module) -> Tensor | None:
-    """Return where a layer's weight is not pruned, if it is pruned at all."""
-    mask: Tensor | None = getattr(layer, "weight_mask", None)
-    return mask
-
-
-def masked_weight(layer: nn.Module) -> Tensor:
-    """Return what a layer's weight will be in its next forward: zero where it is pruned."""
-    weight = latent_weight(layer)
-    assert weight is not None
-    mask = weight_mask(layer)
-    return weight.detach() if mask is None else weight.detach() * mask
-
-
-def latent_layers(model: nn.Module) -> tuple[dict[str, QuantLayer], list[str]]:
-    """Return the quantized layers that have a latent weight, and the names of the others.
-
-    Of layers that share a weight, the first stands for all.
-
-    Example:
-        >>> from lq import quantize
-        >>> layers, others = latent_layers(quantize(nn.Linear(16, 4), {"weights": "int4"}))
-        >>> list(layers), others
-        ([''], [])
-    """
-    layers: dict[int, tuple[str, QuantLayer]] = {}
-    others = []
-    for name, layer in quantized_layers(model).items():
-        weight = latent_weight(layer)
-        if weight is None:
-            others.append(name)
-        else:
-            layers.setdefault(id(weight), (name, layer))
-    return dict(layers.values()), others
-
-
-def is_low_bit(quantizer: Quantizer, max_bits: int) -> bool:
-    """Return whether a quantizer rounds to integers of at most so many bits.
-
-    Example:
-        >>> from lq import QuantSpec
-        >>> is_low_bit(Quantizer(QuantSpec("int4")), 4), is_low_bit(Quantizer(QuantSpec("int8")), 4)
-        (True, False)
-    """
-    spec = quantizer.spec
-    return spec.format.startswith("int") and spec.number_format.bits <= max_bits

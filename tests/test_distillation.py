@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lq
-from lq.distillation import Distiller, distillation_loss, feature_loss, float_copy, logits_of
+from lq.distillation import distillation_loss, feature_loss, float_copy, logits_of
+from lq.distiller import Distiller
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -25,7 +25,7 @@ LEVELS = [
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {
         *("digest", "ranges", "scoring", "collector", "calibration"),
-        *("distillation", "oscillation"),
+        *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
     },
     {"repairs"},
     {"export"},
