@@ -24,7 +24,10 @@ LEVELS = [
     {"layers"},
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
-    {"digest", "ranges", "scoring", "collector", "calibration"},
+    {
+        *("digest", "ranges", "scoring", "collector", "calibration"),
+        *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
+    },
     {"schedule", "quantized_training"},
     {"repairs"},
     {"export"},
@@ -99,8 +102,10 @@ def test_public_names() -> None:
         assert callable(getattr(lq, name)), name
     assert set(lq.callbacks.__all__) == {
         "Calibration",
+        "Distillation",
         "EngineComparison",
         "Export",
+        "OscillationControl",
         "QuantizationAwareTraining",
         "QuantizerMonitor",
     }
