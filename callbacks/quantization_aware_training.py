@@ -16,7 +16,7 @@ from lq.collector import RangeCollector
 from lq.modes import set_mode
 from lq.qat import copy_scales, freeze_batchnorm, freeze_scales, learns_scales
 from lq.quantizer import Mode
-from lq.state import recipe_of
+from lq.state import RECIPE, recipe_of
 from lq.surgery import is_calibrated, quantize, quantized_layers
 
 
@@ -24,9 +24,9 @@ class QuantizationAwareTraining(L.Callback):
     """Trains a module with quantizers in it; the module needs to know nothing of them.
 
     The quantizers are put in when the trainer is set up. They are idle at first, so the sanity
-    check runs in float. From `start_epoch` on, ranges are collected while the module's own
-    training step runs on the first `calibration_batches`; then the quantizers quantize. A fit
-    resumed from a calibrated checkpoint goes on where it was.
+    check and a LearningRateFinder run in float. From `start_epoch` on, ranges are collected while
+    the module's own training step runs on the first `calibration_batches`; then the quantizers
+    quantize. A fit resumed from a calibrated checkpoint goes on where it was.
 
     Args:
         recipe: Preset, path of a YAML file, or a mapping; a module that quantizes itself
@@ -41,7 +41,7 @@ class QuantizationAwareTraining(L.Callback):
         freeze_batchnorm_epoch: Epoch from which BatchNorm uses, and keeps, its running statistics.
 
     Raises:
-        ValueError: If there is nothing to quantize.
+        ValueError: If there is nothing to quantize, or the trainer's other settings exclude it.
         RuntimeError: If an averaging callback comes first: it would copy the float model.
 
     Example:
@@ -86,13 +86,28 @@ class QuantizationAwareTraining(L.Callback):
             self._check_order(trainer)
             self._check_schedule(trainer)
             _check_strategy(trainer, target)
+            _idle_until_calibrated(target)  # a LearningRateFinder trains before on_fit_start
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to go on with a float fit whose optimizer has no learned scales."""
+        is_float = not any(key.endswith(RECIPE) for key in checkpoint["state_dict"])
+        learned = learns_scales(target_module(pl_module, self.module))
+        if is_float and learned and trainer.state.fn == "fit":
+            raise ValueError(
+                "Expected `ckpt_path` to be the checkpoint of a quantized fit, but it is of a "
+                "float one, whose optimizer has no learned scales; start from its weights instead: "
+                "module.load_state_dict(torch.load(path, weights_only=True)['state_dict']), then "
+                "fit without `ckpt_path`."
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the quantizers idle until they know their ranges."""
         target = target_module(pl_module, self.module)
         check_still_quantized(target, self._layers)
         _quantize_new_norms(target)
-        set_mode(target, Mode.QUANTIZE if is_calibrated(target) else Mode.BYPASS)
+        _idle_until_calibrated(target)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -175,6 +190,16 @@ class QuantizationAwareTraining(L.Callback):
                 f"Expected `start_epoch` to be below the trainer's max_epochs, {epochs}, but got "
                 f"{self.start_epoch}: nothing would be quantized."
             )
+        averages = any(isinstance(c, StochasticWeightAveraging) for c in _averaging(trainer))
+        if averages and self.freeze_batchnorm_epoch is not None:
+            raise ValueError(
+                "Expected no `freeze_batchnorm_epoch` with StochasticWeightAveraging, which finds "
+                "the statistics of BatchNorm anew after the last epoch; leave one of them out."
+            )
+
+
+def _idle_until_calibrated(target: nn.Module) -> None:
+    set_mode(target, Mode.QUANTIZE if is_calibrated(target) else Mode.BYPASS)
 
 
 def _quantize_new_norms(target: nn.Module) -> None:
