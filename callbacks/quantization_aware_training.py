@@ -12,10 +12,10 @@ from torch import nn
 
 from lq.callbacks.target import check_still_quantized, quantize_target, target_module
 from lq.qat import copy_scales, learns_scales
-from lq.quantized_training import QuantizedTraining, check_batch_count
+from lq.quantized_training import QuantizedTraining, check_batch_count, idle_until_calibrated
 from lq.ranges import Ranges
 from lq.schedule import Schedule
-from lq.state import recipe_of
+from lq.state import RECIPE, recipe_of
 from lq.surgery import quantize, quantized_layers
 
 
@@ -23,9 +23,9 @@ class QuantizationAwareTraining(L.Callback):
     """Trains a module with quantizers in it; the module needs to know nothing of them.
 
     The quantizers are put in when the trainer is set up. They are idle at first, so the sanity
-    check runs in float. From `start_epoch` on, ranges are collected while the module's own
-    training step runs on the first `calibration_batches`; then the quantizers quantize. A fit
-    resumed from a calibrated checkpoint goes on where it was.
+    check and a LearningRateFinder run in float. From `start_epoch` on, ranges are collected while
+    the module's own training step runs on the first `calibration_batches`; then the quantizers
+    quantize. A fit resumed from a calibrated checkpoint goes on where it was.
 
     Args:
         recipe: Preset, path of a YAML file, or a mapping; a module that quantizes itself
@@ -45,7 +45,8 @@ class QuantizationAwareTraining(L.Callback):
         freeze_batchnorm_epoch: Epoch from which BatchNorm uses, and keeps, its running statistics.
 
     Raises:
-        ValueError: If there is nothing to quantize, or training is over before all has begun.
+        ValueError: If there is nothing to quantize, training is over before all has begun, or the
+            trainer's other settings exclude it.
         RuntimeError: If an averaging callback comes first: it would copy the float model.
 
     Example:
@@ -88,11 +89,27 @@ class QuantizationAwareTraining(L.Callback):
         self._layers = dict(quantized_layers(target))
         if stage == "fit":
             self._check_order(trainer)
+            self._check_averages(trainer)
             self.schedule.check_bits(target)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 steps = trainer.max_steps if trainer.max_steps >= 0 else None
                 self.schedule.check_reached(trainer.max_epochs, steps)
             _check_strategy(trainer, target)
+            idle_until_calibrated(target)  # a LearningRateFinder trains before on_fit_start
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to go on with a float fit whose optimizer has no learned scales."""
+        is_float = not any(key.endswith(RECIPE) for key in checkpoint["state_dict"])
+        learned = learns_scales(target_module(pl_module, self.module))
+        if is_float and learned and trainer.state.fn == "fit":
+            raise ValueError(
+                "Expected `ckpt_path` to be the checkpoint of a quantized fit, but it is of a "
+                "float one, whose optimizer has no learned scales; start from its weights instead: "
+                "module.load_state_dict(torch.load(path, weights_only=True)['state_dict']), then "
+                "fit without `ckpt_path`."
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the quantizers idle until they know their ranges."""
@@ -160,6 +177,14 @@ class QuantizationAwareTraining(L.Callback):
                     f"{type(callback).__name__} copies the model before the quantizers are in it; "
                     "list it after QuantizationAwareTraining."
                 )
+
+    def _check_averages(self, trainer: L.Trainer) -> None:
+        averages = any(isinstance(c, StochasticWeightAveraging) for c in _averaging(trainer))
+        if averages and self.schedule.freeze_batchnorm_epoch is not None:
+            raise ValueError(
+                "Expected no `freeze_batchnorm_epoch` with StochasticWeightAveraging, which finds "
+                "the statistics of BatchNorm anew after the last epoch; leave one of them out."
+            )
 
 
 def _quantize_new_norms(target: nn.Module) -> None:

@@ -62,10 +62,7 @@ class QuantizedTraining:
         self._collector: RangeCollector | None = None
         self._batches = 0
         self._epoch = -1
-        # Idle until the ranges are known, each kind by itself: inputs may start later.
-        for kind in (weight_quantizers(model), input_quantizers(model)):
-            for quantizer in kind.values():
-                quantizer.mode = Mode.QUANTIZE if any_calibrated(kind) else Mode.BYPASS
+        idle_until_calibrated(model)
 
     def before_batch(self, epoch: int, step: int) -> None:
         """Begin what begins with this batch, also where training is resumed behind that point.
@@ -143,6 +140,13 @@ class QuantizedTraining:
         ranges = self._collector.finish()
         self._collector = None
         return ranges
+
+
+def idle_until_calibrated(model: nn.Module) -> None:
+    """Let weights and inputs, each kind by itself, pass as they are until they have ranges."""
+    for kind in (weight_quantizers(model), input_quantizers(model)):
+        for quantizer in kind.values():
+            quantizer.mode = Mode.QUANTIZE if any_calibrated(kind) else Mode.BYPASS
 
 
 def check_batch_count(calibrator: str, batches: int) -> None:

@@ -212,9 +212,9 @@ class Quantizer(nn.Module):
                 "a Calibration or QuantizationAwareTraining callback, load a calibrated "
                 "checkpoint, or leave the layer float with a recipe rule (format: skip)."
             )
-        if self.spec.range == "moving_average" and self.training and not self.is_frozen:
-            self._follow(x)
         scale, spec = self.scale, self.grid
+        if self.spec.range == "moving_average" and self.training and not self.is_frozen:
+            scale = self._follow(x)
         if spec is not self.spec:
             scale = scale * (self.spec.qmax / spec.qmax)
         if not spec.learns_range:
@@ -229,7 +229,7 @@ class Quantizer(nn.Module):
             return self.spec
         return dataclasses.replace(self.spec, format=f"int{self.bits}")
 
-    def _follow(self, x: Tensor) -> None:
+    def _follow(self, x: Tensor) -> Tensor:
         """Move the range towards the largest magnitudes of a batch, those of all ranks."""
         assert self.scale is not None
         axis = self.spec.axis
@@ -238,6 +238,8 @@ class Quantizer(nn.Module):
         if world_size() > 1:
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
         self.scale.lerp_(amax_to_scale(amax, self.spec.qmax), 1 - MOMENTUM)
+        # A copy, as a layer used twice moves the range again before the backward pass.
+        return self.scale.clone()
 
     def _gradient_scale(self, x: Tensor) -> float:
         """Return what the gradient of a learned scale is multiplied by.

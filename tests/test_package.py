@@ -37,7 +37,7 @@ LEVELS = [
         *("curve", "convergence"),
     },
     {"datasets"},
-    {"models", "data", "module"},
+    {"models", "data", "module", "restore"},
     {"callbacks"},
     {"cli", "__main__"},
 ]
