@@ -156,7 +156,7 @@ def qat(
 ) -> tuple[nn.Module, float]:
     """Return the trained model and the processor seconds that training took."""
     L.seed_everything(0, verbose=False)
-    module = Classifier(copy.deepcopy(reference), row.lr)
+    module = Classifier(copy.deepcopy(reference).train(), row.lr)
     data = training_data(CASES[row.case], images or row.images)
     clock = Clock()
     trainer = L.Trainer(

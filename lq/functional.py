@@ -91,14 +91,12 @@ class _FakeQuantize(torch.autograd.Function):
         axis: int | None,
         offset: Tensor | None,
         clipped_only: bool,
+        requantize: bool,
     ) -> Tensor:
         zero_point = None if offset is None else offset_to_zero_point(offset, scale, qmin, qmax)
-        y = encode(x, scale, qmin, qmax, axis, zero_point)
-        if zero_point is not None:
-            y.sub_(zero_point)
-        y.mul_(along_axis(scale, axis, x.dim()))
-        learned = ctx.needs_input_grad[1]
-        ctx.save_for_backward(x, scale, zero_point, y if learned else None)
+        y = _round_trip(x, scale, qmin, qmax, axis, zero_point)
+        keep_output = ctx.needs_input_grad[1] and not requantize
+        ctx.save_for_backward(x, scale, zero_point, y if keep_output else None)
         ctx.qmin, ctx.qmax, ctx.axis, ctx.clipped_only = qmin, qmax, axis, clipped_only
         return y
 
@@ -109,11 +107,28 @@ class _FakeQuantize(torch.autograd.Function):
         passed = _masked_gradient(grad, x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
+            if y is None:
+                y = _round_trip(x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
             inside = None if ctx.clipped_only else x
             grad_scale = _scale_gradient(grad, passed, inside, y, scale, zero_point, ctx.axis)
         if ctx.needs_input_grad[5]:
             grad_offset = (grad - passed).sum()
-        return passed, grad_scale, None, None, None, grad_offset, None
+        return passed, grad_scale, None, None, None, grad_offset, None, None
+
+
+def _round_trip(
+    x: Tensor,
+    scale: Tensor,
+    qmin: float,
+    qmax: float,
+    axis: int | None,
+    zero_point: Tensor | None,
+) -> Tensor:
+    """Return what the codes of a tensor stand for."""
+    y = encode(x, scale, qmin, qmax, axis, zero_point)
+    if zero_point is not None:
+        y.sub_(zero_point)
+    return y.mul_(along_axis(scale, axis, x.dim()))
 
 
 def _bounds(qmin: float, qmax: float) -> tuple[float, float]:
@@ -216,6 +231,7 @@ def fake_quantize(
     axis: int | None = None,
     offset: Tensor | None = None,
     clipped_only: bool = False,
+    requantize: bool = False,
 ) -> Tensor:
     """Round a tensor to the numbers an integer engine can hold, and keep it differentiable.
 
@@ -235,6 +251,7 @@ def fake_quantize(
         axis: Channel axis of `x`; ``None`` per tensor.
         offset: Value of the smallest code, ``[]``; ``None`` for zero-point 0.
         clipped_only: Give the scale the gradient of what is clipped alone (PACT, Choi et al. 2018).
+        requantize: Compute the result once more for the gradient of the scale, rather than save it.
 
     Example:
         >>> fake_quantize(torch.tensor([-0.26, 0.04, 99.0]), torch.tensor(0.1), -128, 127)
@@ -244,7 +261,7 @@ def fake_quantize(
     if offset is None and _native_is_faster(values, scale, qmax):
         y = _native(values, scale, int(qmin), int(qmax), axis)
     else:
-        y = _FakeQuantize.apply(values, scale, qmin, qmax, axis, offset, clipped_only)
+        y = _FakeQuantize.apply(values, scale, qmin, qmax, axis, offset, clipped_only, requantize)
     return y.to(x.dtype)
 
 

@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -22,6 +23,7 @@ from lq.attention import attend, merged_mask
 from lq.functional import is_exporting, round_to_dtype
 from lq.gemm import weight_of
 from lq.quantizer import Quantizer
+from lq.requantize import requantizing
 from lq.spec import LayerSpec
 
 
@@ -54,6 +56,17 @@ class QuantLayer(Quantized):
             bias = None if bias is None else round_to_dtype(bias, dtype)
         return self.input_quantizer(input), weight, bias
 
+    def saved_for_backward(
+        self, input: Tensor, quantized: Tensor, weight: Tensor
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which operations save operands as the quantizers want it."""
+        layer: Any = self
+        if not (self.input_quantizer.memory_efficient and torch.is_grad_enabled()):
+            return nullcontext()
+        return requantizing(
+            (quantized, input, self.input_quantizer), (weight, layer.weight, self.weight_quantizer)
+        )
+
     def result(self, output: Any, input: Tensor) -> Any:
         """Return a 16-bit layer's output rounded to 16 bits, in the type of its input.
 
@@ -73,7 +86,8 @@ class QuantLayer(Quantized):
 class _QuantConv(QuantLayer):
     def forward(self, input: Tensor) -> Any:
         quantized, weight, bias = self.operands(input)
-        output: Tensor = self._conv_forward(quantized, weight, bias)  # type: ignore[operator]
+        with self.saved_for_backward(input, quantized, weight):
+            output: Tensor = self._conv_forward(quantized, weight, bias)  # type: ignore[operator]
         return self.result(output, input)
 
 
@@ -82,7 +96,8 @@ class _QuantConvTranspose(QuantLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
         quantized, weight, bias = self.operands(input)
-        with _attributes(self, weight=weight, bias=bias):
+        saved = self.saved_for_backward(input, quantized, weight)
+        with saved, _attributes(self, weight=weight, bias=bias):
             output: Tensor = super().forward(quantized, output_size)
         return self.result(output, input)
 
@@ -90,7 +105,9 @@ class _QuantConvTranspose(QuantLayer):
 class _QuantLinear(QuantLayer):
     def forward(self, input: Tensor) -> Any:
         quantized, weight, bias = self.operands(input)
-        return self.result(F.linear(quantized, weight, bias), input)
+        with self.saved_for_backward(input, quantized, weight):
+            output = F.linear(quantized, weight, bias)
+        return self.result(output, input)
 
 
 class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
@@ -244,7 +261,8 @@ def _on_quantized_operands(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: QuantLayer, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.pop(first)
         quantized, weight, bias = self.operands(input)
-        with _attributes(self, weight=weight, bias=bias):
+        saved = self.saved_for_backward(input, quantized, weight)
+        with saved, _attributes(self, weight=weight, bias=bias):
             output = cls.forward(self, quantized, *args[1:], **kwargs)
         return self.result(output, input)
 

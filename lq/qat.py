@@ -40,6 +40,15 @@ def set_bits(model: nn.Module, bits: int | None) -> None:
             quantizer.bits = bits
 
 
+def save_memory(model: nn.Module, enabled: bool = True) -> None:
+    """Let the backward pass quantize again instead of saving a quantized copy of every input.
+
+    Gradients are the same, bit for bit. Attention saves its copies all the same.
+    """
+    for quantizer in quantizers(model).values():
+        quantizer.memory_efficient = enabled
+
+
 def freeze_batchnorm(model: nn.Module) -> None:
     """Let BatchNorm layers use and keep their running statistics, until ``model.train()``."""
     for module in model.modules():

@@ -89,6 +89,8 @@ class Quantizer(nn.Module):
         self.observer: Observer | None = None
         self.bits: int | None = None
         """Bits the codes have for now, where that is more than the format's."""
+        self.memory_efficient = False
+        """Whether the backward pass quantizes again instead of saving what was quantized."""
         self.is_frozen = False
         """Whether a moving average has stopped following."""
         # Cached, so that a calibrated quantizer never waits for the device to look at its scale.
@@ -212,15 +214,22 @@ class Quantizer(nn.Module):
                 "a Calibration or QuantizationAwareTraining callback, load a calibrated "
                 "checkpoint, or leave the layer float with a recipe rule (format: skip)."
             )
-        scale, spec = self.scale, self.grid
-        if self.spec.range == "moving_average" and self.training and not self.is_frozen:
-            scale = self._follow(x)
+        follows = self.spec.range == "moving_average" and self.training and not self.is_frozen
+        return self.quantize(x, self._follow(x) if follows else self.scale)
+
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return `x` rounded with a scale, that of the quantizer's own format."""
+        spec = self.grid
         if spec is not self.spec:
             scale = scale * (self.spec.qmax / spec.qmax)
-        if not spec.learns_range:
-            return _fake_quantize(x, scale, spec)
-        scale = learned_scale(scale, self._gradient_scale(x))
-        return _fake_quantize(x, scale, spec, self.offset)
+        if spec.learns_range:
+            scale = learned_scale(scale, self._gradient_scale(x))
+        low, high, axis = spec.qmin, spec.qmax, spec.axis
+        if is_exporting():
+            exported: Tensor = torch.ops.lq.fake_quantize(x, scale, low, high, axis, self.offset)
+            return exported
+        clipped_only, again = spec.range == "pact", self.memory_efficient
+        return fake_quantize(x, scale, low, high, axis, self.offset, clipped_only, again)
 
     @property
     def grid(self) -> QuantSpec:
@@ -306,14 +315,3 @@ class Quantizer(nn.Module):
         self._calibrated = not self.spec.needs_scale
         if self.scale is not None and not self.scale.is_meta:
             _ = self.is_calibrated  # looks now, so that nothing has to while compiled or exported
-
-
-def _fake_quantize(
-    x: Tensor, scale: Tensor, spec: QuantSpec, offset: Tensor | None = None
-) -> Tensor:
-    """Quantize as a spec says."""
-    if is_exporting():
-        y: Tensor = torch.ops.lq.fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset)
-        return y
-    clipped_only = spec.range == "pact"
-    return fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset, clipped_only)

@@ -21,6 +21,7 @@ LEVELS = [
     {"tensor_spec"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
+    {"requantize"},
     {"layers"},
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
