@@ -324,10 +324,8 @@ def exported_codes(net, path):
 @pytest.mark.parametrize(
     ("kind", "ours_first", "permanent"),
     [
-        pytest.param("frozen", True, True, id="qat-pruning-removed-frozen"),
-        pytest.param("lsq", False, True, id="pruning-qat-removed-lsq"),
-        pytest.param("pact", True, False, id="qat-pruning-masked-pact"),
-        pytest.param("moving_average", False, False, id="pruning-qat-masked-moving_average"),
+        pytest.param("lsq", True, False, id="qat-pruning-masked"),
+        pytest.param("moving_average", False, True, id="pruning-qat-removed"),
     ],
 )
 def test_pruned_weights_are_zero_in_the_engine(tmp_path, kind, ours_first, permanent):
