@@ -268,6 +268,9 @@ def test_what_load_model_cannot_rebuild(tmp_path):
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
         load_model(tmp_path / "none.ckpt")
+    torch.save({"state_dict": digits_cnn().state_dict()}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt.*lq\.load_from_checkpoint"):
+        load_model(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize(
