@@ -69,10 +69,41 @@ def trainer(folder, callbacks=(), **kwargs):
     )
 
 
+class LitSmall(LitWithEvaluation):
+    """Three layers, and what a test chooses between the first and the second."""
+
+    def __init__(self, between=nn.ReLU):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(784, 32), between(), nn.Linear(32, 16))
+        super().__init__(encoder, nn.Linear(16, 784))
+        self.lr = 0.01
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return optim.SGD(trained, self.lr, momentum=0.9)
+
+
+def norm():
+    return nn.BatchNorm1d(32)
+
+
 def with_ranges(kind):
     """Return a recipe whose ranges are ``frozen``, follow a ``moving_average``, or train."""
     spec = {"format": "int8", "range": kind}
     return {"weights": spec, "inputs": spec}
+
+
+def every_range():
+    """Return a recipe with ranges of every kind for ``LitSmall``, an offset among them."""
+    frozen, following, lsq, pact = (
+        with_ranges(kind)["inputs"] for kind in ("frozen", "moving_average", "lsq", "pact")
+    )
+    rules = [
+        {"name": "encoder.0", "weights": frozen, "inputs": following},
+        {"name": "encoder.2", "weights": following, "inputs": {**lsq, "symmetric": False}},
+        {"name": "decoder", "weights": lsq, "inputs": pact},
+    ]
+    return {"rules": rules}
 
 
 class Losses(L.Callback):

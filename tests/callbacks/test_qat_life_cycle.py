@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import functools
 import pickle
 import subprocess
 import sys
@@ -24,9 +23,8 @@ import lq
 from lq.callbacks import Export, QuantizationAwareTraining
 from lq.models import digits_cnn
 from lq.restore import load_model
-from lq.surgery import is_calibrated, quantized_layers
-from tests.lit import LitWithEvaluation, Losses, autoencoder, loader, trainer
-from tests.lit import with_ranges as ranges
+from lq.surgery import is_calibrated, quantized_layers, quantizers
+from tests.lit import LitSmall, Losses, every_range, loader, norm, trainer, with_ranges
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["frozen", "moving_average", "lsq", "pact"]
@@ -76,17 +74,17 @@ def test_every_report_has_its_tests(tests):
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def qat(kind="frozen", **kwargs):
-    return QuantizationAwareTraining(ranges(kind), **{"calibration_batches": 2, **kwargs})
+def qat(recipe=None, **kwargs):
+    return QuantizationAwareTraining(
+        recipe or every_range(), **{"calibration_batches": 2, **kwargs}
+    )
 
 
-class Normed(LitWithEvaluation):
-    """With BatchNorm, momentum and a schedule: whatever else has a state."""
+class Normed(LitSmall):
+    """With BatchNorm, Adam and a schedule: whatever else has a state."""
 
     def __init__(self):
-        torch.manual_seed(0)
-        encoder = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.ReLU())
-        super().__init__(encoder, nn.Linear(16, 784))
+        super().__init__(norm)
 
     def configure_optimizers(self):
         optimizer = optim.Adam(self.parameters(), 1e-4)
@@ -117,14 +115,14 @@ AVERAGES = {
 }
 
 
-def run(folder, kind, averaging, extra=(), **kwargs):
+def run(folder, averaging, extra=(), **kwargs):
     """Calibrate in the second of five epochs, over the batch that the crash in it comes after."""
     schedule = {"start_epoch": 1, "calibration_batches": 5, "freeze_scales_epoch": 4}
     if averaging != "swa":
         schedule["freeze_batchnorm_epoch"] = 3
     metrics, module = Metrics(), Normed()
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    callbacks = [qat(kind, **schedule), metrics, *AVERAGES[averaging](), *extra, last]
+    callbacks = [qat(**schedule), metrics, *AVERAGES[averaging](), *extra, last]
     fit = trainer(folder, callbacks, max_epochs=5)
     fit.fit(module, loader(), loader(scale=2.0), weights_only=True, **kwargs)
     return {
@@ -135,30 +133,21 @@ def run(folder, kind, averaging, extra=(), **kwargs):
     }
 
 
-@functools.cache
-def uninterrupted(folder, kind, averaging):
-    return run(folder, kind, averaging)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("uninterrupted")
-
-
-@pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("averaging", AVERAGES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_crash_and_resume(tmp_path, folder, kind, averaging, epoch):
+def test_crash_and_resume(tmp_path, averaging):
     """As if nothing had happened: weights, ranges, states of the optimizer, metrics."""
-    expected = uninterrupted(folder, kind, averaging)
-    with pytest.raises(RuntimeError, match="the power is gone"):
-        run(tmp_path, kind, averaging, [Crash(epoch)])
-    resumed = run(tmp_path, kind, averaging, ckpt_path=tmp_path / "last.ckpt")
-    # SWA has one epoch more. An epoch has 8 losses and, after them, a metric of the validation.
-    epochs = (6 if averaging == "swa" else 5) - epoch
-    assert len(resumed["optimizer"]) == (10 if kind in ("lsq", "pact") else 6)
-    assert resumed.pop("metrics") == expected["metrics"][-9 * epochs :]
-    torch.testing.assert_close(resumed, {k: expected[k] for k in resumed}, rtol=0, atol=0)
+    whole = run(tmp_path / "whole", averaging)
+    assert len(whole["optimizer"]) == 8 + 4  # weights, biases and BatchNorm; scales and an offset
+    for epoch in (1, 2, 3):
+        folder = tmp_path / str(epoch)
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            run(folder, averaging, [Crash(epoch)])
+        resumed = run(folder, averaging, ckpt_path=folder / "last.ckpt")
+        # SWA has one epoch more; an epoch has 8 losses and then a metric of the validation.
+        epochs = (6 if averaging == "swa" else 5) - epoch
+        assert resumed["metrics"] == whole["metrics"][-9 * epochs :]
+        expected = {**whole, "metrics": resumed["metrics"]}
+        torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -169,21 +158,20 @@ def float_checkpoint(tmp_path):
     return tmp_path / "float.ckpt"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_float_checkpoint_starts_as_weights(tmp_path, kind, float_checkpoint):
+def test_a_float_checkpoint_starts_as_weights(tmp_path, float_checkpoint):
     module, other = Normed(), Normed()
     module.load_state_dict(torch.load(float_checkpoint, weights_only=True)["state_dict"])
-    trainer(tmp_path, [qat(kind)]).fit(module, loader())
+    trainer(tmp_path, [qat()]).fit(module, loader())
 
     trainer(tmp_path).fit(other, loader())
-    trainer(tmp_path, [qat(kind)]).fit(other, loader())
+    trainer(tmp_path, [qat()]).fit(other, loader())
     torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_float_fit_goes_on_quantized_unless_scales_are_learned(tmp_path, kind, float_checkpoint):
     module, losses = Normed(), Losses()
-    fit = trainer(tmp_path, [qat(kind), losses], max_epochs=3)
+    fit = trainer(tmp_path, [qat(with_ranges(kind)), losses], max_epochs=3)
     arguments = {"ckpt_path": float_checkpoint, "weights_only": True}
     if kind in ("lsq", "pact"):
         with pytest.raises(ValueError, match=r"optimizer has no learned.*module\.load_state_dict"):
@@ -233,7 +221,7 @@ from lq.restore import load_model
 class Twin(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(784, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
         self.decoder = nn.Linear(16, 784)
 
 folder = sys.argv[1]
@@ -248,9 +236,9 @@ torch.save({k: v.detach() for k, v in outputs.items()}, f"{folder}/y.pt")
 def test_checkpoints_load_without_lightning(tmp_path):
     """One of somebody else's module, and one of QuantModule, which says how it is made."""
     plain = Normed()
-    digits = lq.QuantModule("lq.models.digits_cnn", {"num_classes": 10}, ranges("lsq"))
+    digits = lq.QuantModule("lq.models.digits_cnn", {"num_classes": 10}, with_ranges("lsq"))
     for module, data, name in ((plain, loader(), "plain"), (digits, noise(), "digits")):
-        fit = trainer(tmp_path, [qat("moving_average")], max_epochs=1)
+        fit = trainer(tmp_path, [qat()], max_epochs=1)
         fit.fit(module, data)
         fit.save_checkpoint(tmp_path / f"{name}.ckpt")
         module.eval()
@@ -280,37 +268,47 @@ def test_what_load_model_cannot_rebuild(tmp_path):
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
         load_model(tmp_path / "none.ckpt")
+    torch.save({"state_dict": digits_cnn().state_dict()}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt.*lq\.load_from_checkpoint"):
+        load_model(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_of_a_trained_module(tmp_path, kind, clone):
-    """Equal outputs, losses and gradients, and an equal training from there on."""
-    module = lq.QuantModule(digits_cnn(), recipe=ranges(kind))
-    trainer(tmp_path, [qat(kind)], max_epochs=1).fit(module, noise())
-    other, (images, target) = clone(module), next(iter(noise()))
-    assert torch.equal(other.eval()(images), module.eval()(images))
+def test_copies_of_a_trained_module(tmp_path, clone):
+    """Equal outputs and gradients, and an equal training from there on."""
+    module, images = Normed(), next(iter(loader()))[0].flatten(1)
+    trainer(tmp_path, [qat()], max_epochs=1).fit(module, loader())
+    other, gradients, outputs = clone(module), [], []
     for each in (module, other):
-        each.zero_grad()
-        F.cross_entropy(each.train()(images), target).backward()
-    gradients = [[p.grad for p in each.parameters()] for each in (module, other)]
+        outputs.append(each.eval().decoder(each.encoder(images)))
+        each.train().zero_grad()
+        F.mse_loss(each.decoder(each.encoder(images)), images).backward()
+        gradients.append([p.grad.clone() for p in each.parameters()])
+        trainer(tmp_path, [qat()], max_epochs=1).fit(each, loader())
+    assert torch.equal(*outputs)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    for each in (module, other):
-        trainer(tmp_path, [qat(kind)], max_epochs=1).fit(each, noise())
     torch.testing.assert_close(other.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_restored_metrics_are_equal(tmp_path, kind):
-    module, fit = Normed(), trainer(tmp_path, [qat(kind)])
+def test_copies_share_what_the_module_shares():
+    """Layers and the addition that see one tensor have one quantizer, in a copy its own."""
+    model, (images, _) = lq.quantize(digits_cnn(), "tensorrt_int8"), next(iter(noise()))
+    lq.calibrate(model, [images], progress=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.eval()(images), model.eval()(images))
+        assert list(quantizers(other)) == list(quantizers(model))
+        assert not set(quantizers(other).values()) & set(quantizers(model).values())
+
+
+def test_restored_metrics_are_equal(tmp_path):
+    module, fit = Normed(), trainer(tmp_path, [qat()])
     fit.fit(module, loader(), loader())
     while_training = fit.callback_metrics["val_loss"].item()
     fit.save_checkpoint(tmp_path / "a.ckpt")
-    again = trainer(tmp_path, [qat(kind)])
-    (restored,) = again.validate(
-        Normed(), loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False
+    (restored,) = trainer(tmp_path, [qat()]).validate(
+        Normed(), loader(), tmp_path / "a.ckpt", verbose=False, weights_only=True
     )
     assert restored["val_loss"] == while_training
 
@@ -319,12 +317,12 @@ def test_exporting_converts_nothing(tmp_path):
     """The file is made from what the module is, which stays so, is tested and trains on."""
     last = ModelCheckpoint(tmp_path, save_last=True)
     export = Export(tmp_path / "m.onnx", module="encoder", engine=False)
-    module, fit = Normed(), trainer(tmp_path, [qat(), export, last])
+    module, fit = Normed(), trainer(tmp_path, [qat("tensorrt_int8"), export, last])
     fit.fit(module, loader())
     assert (tmp_path / "m.onnx").is_file()
-    assert len(quantized_layers(module)) == 2
+    assert len(quantized_layers(module)) == 3
     arguments = {"weights_only": True, "verbose": False}
-    again = trainer(tmp_path, [qat()], max_epochs=3)
+    again = trainer(tmp_path, [qat("tensorrt_int8")], max_epochs=3)
     expected = again.test(module, loader(), **arguments)
     for path in (last.best_model_path, last.last_model_path):
         assert again.test(module, loader(), path, **arguments) == expected
@@ -336,16 +334,15 @@ def test_exporting_converts_nothing(tmp_path):
 @pytest.mark.gpu
 def test_tested_on_another_device(tmp_path):
     module = Normed()
-    trainer(tmp_path, [qat("lsq")], accelerator="gpu", devices=1).fit(module, loader())
-    scale = module.decoder.weight_quantizer.scale.detach().cpu()
-    results = [
-        trainer(tmp_path, [qat("lsq")], accelerator=kind, devices=1).test(
-            module, loader(), verbose=False
-        )[0]["test_loss"]
-        for kind in ("gpu", "cpu")
-    ]
-    assert results[0] == pytest.approx(results[1], rel=1e-3)
-    assert torch.equal(module.decoder.weight_quantizer.scale.detach().cpu(), scale)
+    trainer(tmp_path, [qat()], accelerator="gpu", devices=1).fit(module, loader())
+    before = {k: v.cpu() for k, v in module.state_dict().items()}
+    results = []
+    for device in ("gpu", "cpu"):
+        test = trainer(tmp_path, [qat()], accelerator=device, devices=1).test
+        results += test(module, loader(), verbose=False)
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-3)
+    after = {k: v.cpu() for k, v in module.state_dict().items()}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 class Backbone(nn.Module):
@@ -386,11 +383,10 @@ def rows():
     return DataLoader(TensorDataset(images, torch.arange(32) % 10), 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_inputs(tmp_path, kind):
+def test_any_inputs(tmp_path):
     """Integers pass as they are; what was given by name, by position and by default arrives."""
     module = Nested()
-    trainer(tmp_path, [qat(kind)]).fit(module, rows())
+    trainer(tmp_path, [qat(with_ranges("lsq"))]).fit(module, rows())
     backbone = module.net["backbone"].eval()
     image, tokens = next(iter(rows()))
     output = backbone(tokens, image)
@@ -412,7 +408,7 @@ def test_any_inputs(tmp_path, kind):
 def test_nested_and_shared(tmp_path, module_name):
     """A block under two names is quantized once, trained, saved and restored as one."""
     module = Nested()
-    fit = trainer(tmp_path, [qat("lsq", module=module_name)])
+    fit = trainer(tmp_path, [qat(with_ranges("lsq"), module=module_name)])
     fit.fit(module, rows())
     fit.save_checkpoint(tmp_path / "a.ckpt")
     backbone = module.net["backbone"]
@@ -424,13 +420,11 @@ def test_nested_and_shared(tmp_path, module_name):
     assert torch.equal(loaded(tokens, image), backbone(tokens, image))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_validation_moves_no_range(tmp_path, kind):
+def test_validation_moves_no_range(tmp_path):
     """Validated on data ten times as large, before, between and after: trained all the same."""
     states = []
     for validated in (True, False):
-        module = Normed()
-        fit = trainer(tmp_path, [qat(kind)], val_check_interval=2)
+        module, fit = Normed(), trainer(tmp_path, [qat()], val_check_interval=2)
         fit.fit(module, loader(), loader(scale=10.0) if validated else None)
         states.append(module.state_dict())
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -438,16 +432,16 @@ def test_validation_moves_no_range(tmp_path, kind):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
 @pytest.mark.parametrize("kind", KINDS)
-def test_traced_programs_quantize(tmp_path, kind):
-    module = autoencoder()
-    trainer(tmp_path, [qat(kind)]).fit(module, loader())
-    encoder, x = module.encoder.eval(), torch.rand(4, 784) * 3
-    expected = encoder(x)
-    assert not torch.equal(expected, lq.dequantize(copy.deepcopy(encoder))(x))
-    traced = torch.jit.trace(encoder, x, check_trace=False)
-    exported = torch.export.export(encoder, (x,)).module()
+def test_traced_programs_quantize(kind):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(5, 6)
+    lq.calibrate(lq.quantize(model, with_ranges(kind)), [x], progress=False)
+    beyond = 3 * x
+    expected = model.eval()(beyond)
+    assert not torch.equal(expected, lq.dequantize(copy.deepcopy(model))(beyond))
+    traced = torch.jit.trace(model, x, check_trace=False)
+    exported = torch.export.export(model, (x,)).module()
     for program in (traced, exported):
-        assert torch.equal(program(x), expected)
+        assert torch.equal(program(beyond), expected)
 
 
 def test_nothing_of_torch_ao():
