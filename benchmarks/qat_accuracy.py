@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import lq
 from lq.callbacks import Distillation, QuantizationAwareTraining
+from lq.checkpoint import read_weights
 from lq.files import written_whole
 
 CALIBRATION = 512
@@ -42,6 +43,7 @@ class Row:
         images: Training images used; ``None`` for all.
         precision: Lightning's.
         published: What the literature reports, if anything.
+        start: Row of the same recipe whose result this one goes on training, if any.
     """
 
     case: str
@@ -52,6 +54,7 @@ class Row:
     images: int | None = None
     precision: str = "32-true"
     published: str = ""
+    start: str | None = None
 
 
 APOT = "APoT (Li et al. 2020): {} % from 92.96 % float, 300 epochs"
@@ -65,6 +68,15 @@ ROWS = {
     ),
     "resnet20-w2a2": Row(
         "resnet20", "w2a2", 11, 0.02, precision="bf16-mixed", published=APOT.format(90.96)
+    ),
+    "resnet20-w2a2-longer": Row(
+        "resnet20",
+        "w2a2",
+        12,
+        0.02,
+        precision="bf16-mixed",
+        published=APOT.format(90.96),
+        start="resnet20-w2a2",
     ),
     "mobilenet_v2_cifar-w8a8": Row("mobilenet_v2_cifar", "tensorrt_int8", 1, 2e-3, images=12_800),
     "mobilenet_v2_imagenet-w8a8": Row("mobilenet_v2_imagenet", "tensorrt_int8", 3, 1e-4, 16),
@@ -156,7 +168,12 @@ def qat(
 ) -> tuple[nn.Module, float]:
     """Return the trained model and the processor seconds that training took."""
     L.seed_everything(0, verbose=False)
-    module = Classifier(copy.deepcopy(reference).train(), row.lr)
+    model = copy.deepcopy(reference)
+    if row.start is not None:
+        lq.quantize(model, row.recipe)
+        checkpoint = read_weights(folder.parent / row.start / "last.ckpt")
+        model.load_state_dict({key.removeprefix("model."): v for key, v in checkpoint.items()})
+    module = Classifier(model.train(), row.lr)
     data = training_data(CASES[row.case], images or row.images)
     clock = Clock()
     trainer = L.Trainer(
@@ -169,7 +186,7 @@ def qat(
             QuantizationAwareTraining(
                 row.recipe, "model", "mse", calibration_batches=max(1, CALIBRATION // row.batch)
             ),
-            Distillation(temperature=4.0, module="model"),
+            Distillation(reference, temperature=4.0, module="model"),
             clock,
             ModelCheckpoint(folder, filename="last", enable_version_counter=False),
         ],

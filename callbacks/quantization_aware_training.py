@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lq.callbacks.target import check_still_quantized, quantize_target, target_module
-from lq.qat import copy_scales, learns_scales
+from lq.qat import copy_scales, learns_scales, save_memory
 from lq.quantized_training import QuantizedTraining, check_batch_count, idle_until_calibrated
 from lq.ranges import Ranges
 from lq.schedule import Schedule
@@ -43,6 +43,7 @@ class QuantizationAwareTraining(L.Callback):
             ``{0: 8, 2: 6, 4: 4}``; the last must be those of the recipe.
         freeze_scales_epoch: Epoch from which learned and moving ranges stay as they are.
         freeze_batchnorm_epoch: Epoch from which BatchNorm uses, and keeps, its running statistics.
+        save_memory: Let the backward pass quantize again instead of saving quantized copies.
 
     Raises:
         ValueError: If there is nothing to quantize, training is over before all has begun, or the
@@ -67,6 +68,7 @@ class QuantizationAwareTraining(L.Callback):
         progressive_bits: dict[int, int] | None = None,
         freeze_scales_epoch: int | None = None,
         freeze_batchnorm_epoch: int | None = None,
+        save_memory: bool = False,
     ) -> None:
         check_batch_count(calibrator, calibration_batches)
         self.recipe, self.module, self.calibrator = recipe, module, calibrator
@@ -80,6 +82,7 @@ class QuantizationAwareTraining(L.Callback):
             freeze_batchnorm_epoch,
             progressive_bits or {},
         )
+        self.save_memory = save_memory
         self._layers: dict[str, nn.Module] = {}
         self._training: QuantizedTraining | None = None
 
@@ -87,6 +90,7 @@ class QuantizationAwareTraining(L.Callback):
         """Put the quantizers in."""
         target = quantize_target(pl_module, self.module, self.recipe)
         self._layers = dict(quantized_layers(target))
+        save_memory(target, self.save_memory)
         if stage == "fit":
             self._check_order(trainer)
             self._check_averages(trainer)
