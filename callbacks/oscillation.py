@@ -53,7 +53,7 @@ class OscillationControl(L.Callback):
         method: str = "freeze",
         threshold: float = 0.1,
         final_threshold: float = 0.01,
-        dampening: float = 1e-3,
+        dampening: float = 0.1,
         momentum: float = 0.001,
         max_bits: int = 4,
         module: str | None = None,
