@@ -204,6 +204,18 @@ def batches(data: Dataset, size: int = 128, shuffle: bool = False) -> DataLoader
     return DataLoader(data, batch_size=size, shuffle=shuffle)
 
 
+def right(predict: Callable[[Tensor], Tensor], data: DataLoader) -> Tensor:
+    """Return which images are classified right, bool ``[N]``."""
+    with torch.no_grad():
+        return torch.cat([predict(x).argmax(1) == target for x, target in data])
+
+
+def paired_difference(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Return the mean difference of top-1 on the same images, and half its 95 % interval."""
+    difference = after.double() - before.double()
+    return float(difference.mean()), 1.96 * float(difference.std()) / len(difference) ** 0.5
+
+
 def main() -> None:
     for name, case in CASES.items():
         result = evaluate(case.model(), batches(case.data("test"), 50))

@@ -164,11 +164,17 @@ def _from_cache(
     return ranges
 
 
-def calibrate_weights(model: nn.Module) -> None:
-    """Set the ranges of all weights to their largest magnitudes, which takes no data.
+def calibrate_weights(model: nn.Module, calibrator: str = "max") -> None:
+    """Set the ranges of all weights, which takes no data.
+
+    Args:
+        model: A quantized model.
+        calibrator: ``"mse"``; any other means their largest magnitudes.
 
     Raises:
         RuntimeError: If a weight holds NaN or infinity, naming its layer.
     """
-    found = {name: Range(by["max"], "max") for name, by in weight_candidates(model).items()}
+    candidates = weight_candidates(model, [calibrator])
+    chosen = {name: next(iter(by.items())) for name, by in candidates.items()}
+    found = {name: Range(amax, method) for name, (method, amax) in chosen.items()}
     Ranges(found).apply(model)

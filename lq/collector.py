@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from lq.calibrators import parse_calibrators
 from lq.calibrators.weights import WEIGHT_CALIBRATORS
-from lq.modes import QuantizerStates, set_mode
+from lq.modes import QuantizerStates
 from lq.observers import HistogramObserver, RangeObserver
-from lq.quantizer import Mode
+from lq.quantizer import Mode, Quantizer
 from lq.ranges import Range, Ranges
 from lq.scoring import RangeScorer
-from lq.surgery import quantized_layers, quantizers
+from lq.surgery import input_quantizers, quantized_layers, quantizers
 
 log = logging.getLogger(__name__)
 Candidates = dict[str, dict[str, Tensor]]
@@ -33,10 +33,19 @@ class RangeCollector:
         model: A quantized model.
         calibrator: ``"max"``, ``"percentile(p)"``, ``"entropy"``, ``"mse"`` or ``"auto"``.
         subsample: Count a part of each large tensor only (see ``HistogramObserver``).
+        weights: Find the ranges of weights too; those of inputs alone leave weights as they are,
+            quantizing or not.
     """
 
-    def __init__(self, model: nn.Module, calibrator: str = "max", subsample: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        calibrator: str = "max",
+        subsample: bool = True,
+        weights: bool = True,
+    ) -> None:
         self.model = model
+        self.weights = weights
         self.calibrators = parse_calibrators(calibrator)
         self.subsample = subsample
         self.observers: dict[str, RangeObserver] = {}
@@ -55,8 +64,8 @@ class RangeCollector:
 
     def start(self) -> None:
         """Begin to observe the inputs of all layers, the model running in float."""
-        for name, quantizer in quantizers(self.model).items():
-            if quantizer.spec.needs_scale and not name.endswith("weight_quantizer"):
+        for name, quantizer in input_quantizers(self.model).items():
+            if quantizer.spec.needs_scale:
                 self.observers[name] = quantizer.observer = self._observer(quantizer.name)
         self.resume()
 
@@ -68,14 +77,14 @@ class RangeCollector:
     def resume(self) -> None:
         """Go on collecting."""
         observing = self.observers if self._scorer is None else {}
-        for name, quantizer in quantizers(self.model).items():
+        for name, quantizer in self._own().items():
             quantizer.mode = Mode.OBSERVE if name in observing else Mode.BYPASS
         if self._scorer is not None:
             self._scorer.active = True
 
     def pause(self) -> None:
-        """Stop collecting for a while; the model runs in float."""
-        set_mode(self.model, Mode.BYPASS)
+        """Stop collecting for a while, without quantizing what is collected."""
+        self._set_mode(Mode.BYPASS)
         if self._scorer is not None:
             self._scorer.active = False
 
@@ -113,21 +122,44 @@ class RangeCollector:
                 log.warning("No batch was left to try the calibrators on; ranges are those of mse.")
             candidates = self._candidates if self._scorer else self._all_candidates()
             errors = self._scorer.errors() if self._scorer else {}
-            ranges = Ranges(_chosen(candidates, errors, self.calibrators[-1].name))
+            ranges = self._chosen(candidates, errors, self.calibrators[-1].name)
         finally:
             self.abort()
         ranges.apply(self.model)
-        set_mode(self.model, Mode.QUANTIZE)
+        self._set_mode(Mode.QUANTIZE)
         return ranges
+
+    def _own(self) -> dict[str, Quantizer]:
+        return quantizers(self.model) if self.weights else input_quantizers(self.model)
+
+    def _set_mode(self, mode: Mode) -> None:
+        for quantizer in self._own().values():
+            quantizer.mode = mode
 
     def rivals(self) -> dict[str, Ranges]:
         """Return the ranges of each calibrator alone, for the whole model."""
         names = [calibrator.name for calibrator in self.calibrators]
-        return {name: Ranges(_chosen(self._candidates, {}, name)) for name in names}
+        return {name: self._chosen(self._candidates, {}, name) for name in names}
+
+    def _chosen(
+        self, candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
+    ) -> Ranges:
+        """Return of every quantizer the range with the smallest error, or of one calibrator."""
+        found = quantizers(self.model)
+        chosen = {}
+        for name, ranges in candidates.items():
+            scores = errors.get(name, {})
+            best = min(scores, key=scores.__getitem__) if scores else otherwise
+            best = best if best in ranges else "max"  # weights have no percentile
+            ends = None if found[name].spec.symmetric else self.observers[name].ends
+            chosen[name] = Range(ranges[best], best, scores, ends)
+        return Ranges(chosen)
 
     def _all_candidates(self) -> Candidates:
-        weights = weight_candidates(self.model, [c.name for c in self.calibrators])
-        return self._input_candidates() | weights
+        candidates = self._input_candidates()
+        if self.weights:
+            candidates |= weight_candidates(self.model, [c.name for c in self.calibrators])
+        return candidates
 
     def _input_candidates(self) -> Candidates:
         found = quantizers(self.model)
@@ -147,19 +179,6 @@ class RangeCollector:
         if unseen:
             log.warning("No calibration data reached %s; they stay uncalibrated.", unseen)
         return candidates
-
-
-def _chosen(
-    candidates: Candidates, errors: Mapping[str, Mapping[str, float]], otherwise: str
-) -> dict[str, Range]:
-    """Return of every quantizer the range with the smallest error, or that of one calibrator."""
-    chosen = {}
-    for name, ranges in candidates.items():
-        scores = errors.get(name, {})
-        best = min(scores, key=scores.__getitem__) if scores else otherwise
-        best = best if best in ranges else "max"  # weights have no percentile
-        chosen[name] = Range(ranges[best], best, scores)
-    return chosen
 
 
 def weight_candidates(model: nn.Module, calibrators: Iterable[str] = ("max",)) -> Candidates:

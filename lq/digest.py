@@ -48,7 +48,7 @@ def model_digest(model: nn.Module) -> str:
     recipe = recipe_of(model)
     digest.update(recipe.to_json().encode() if recipe is not None else b"")
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        if not name.endswith("quantizer.scale"):
+        if not name.endswith(("quantizer.scale", "quantizer.offset")):
             digest.update(name.encode())
             digest.update(_content(value))
     return digest.hexdigest()

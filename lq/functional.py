@@ -39,10 +39,23 @@ def along_axis(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     return scale.view([-1 if i == axis % ndim else 1 for i in range(ndim)])
 
 
-def encode(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None = None) -> Tensor:
+def in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements ``[N]`` in the order they lie in memory, without a copy where dense."""
+    order = sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    qmin: float,
+    qmax: float,
+    axis: int | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
     """Return the codes of a tensor, as floats.
 
-    ``code = clamp(round_half_even(x / scale), qmin, qmax)``
+    ``code = clamp(round_half_even(x / scale) + zero_point, qmin, qmax)``
 
     For float8 E4M3 (``qmax = 448``) rounding is to the nearest float8 number instead.
 
@@ -52,6 +65,7 @@ def encode(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None 
         qmin: Smallest code.
         qmax: Largest code.
         axis: Channel axis of `x`; ``None`` per tensor.
+        zero_point: Code of 0, a whole number ``[]``; 0 if not given.
 
     Example:
         >>> encode(torch.tensor([-9.0, -0.25, 0.3]), torch.tensor(0.1), -128, 127)
@@ -60,7 +74,8 @@ def encode(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None 
     codes = torch.div(x, along_axis(scale, axis, x.dim()))
     if qmax == FP8_MAX:
         return codes.clamp_(qmin, qmax).to(torch.float8_e4m3fn).to(x.dtype)
-    return codes.round_().clamp_(qmin, qmax)
+    codes.round_()
+    return (codes if zero_point is None else codes.add_(zero_point)).clamp_(qmin, qmax)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -68,22 +83,37 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        qmin: float,
+        qmax: float,
+        axis: int | None,
+        offset: Tensor | None,
+        clipped_only: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.qmin, ctx.qmax, ctx.axis = qmin, qmax, axis
-        return encode(x, scale, qmin, qmax, axis).mul_(along_axis(scale, axis, x.dim()))
+        zero_point = None if offset is None else offset_to_zero_point(offset, scale, qmin, qmax)
+        y = encode(x, scale, qmin, qmax, axis, zero_point)
+        if zero_point is not None:
+            y.sub_(zero_point)
+        y.mul_(along_axis(scale, axis, x.dim()))
+        learned = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x, scale, zero_point, y if learned else None)
+        ctx.qmin, ctx.qmax, ctx.axis, ctx.clipped_only = qmin, qmax, axis, clipped_only
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, scale = ctx.saved_tensors
-        grad_x = grad_scale = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _masked_gradient(grad, x, scale, ctx.qmin, ctx.qmax, ctx.axis)
+        x, scale, zero_point, y = ctx.saved_tensors
+        passed = _masked_gradient(grad, x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
+        grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
-            grad_scale = _scale_gradient(grad, x, scale, ctx.qmin, ctx.qmax, ctx.axis)
-        return grad_x, grad_scale, None, None, None
+            inside = None if ctx.clipped_only else x
+            grad_scale = _scale_gradient(grad, passed, inside, y, scale, zero_point, ctx.axis)
+        if ctx.needs_input_grad[5]:
+            grad_offset = (grad - passed).sum()
+        return passed, grad_scale, None, None, None, grad_offset, None
 
 
 def _bounds(qmin: float, qmax: float) -> tuple[float, float]:
@@ -91,52 +121,111 @@ def _bounds(qmin: float, qmax: float) -> tuple[float, float]:
     if qmax == FP8_MAX:
         return qmin - 16.0, qmax + 16.0  # half way to where the next number would be
     low, high = qmin - 0.5, qmax + 0.5
-    # A tie goes to the even code: in range at an even qmin, out of it at qmax, always odd.
-    return (low * (1 + 2**-22) if qmin % 2 == 0 else low), high
+    # A tie goes to the even code, which is in range where qmin or qmax is even.
+    inclusive = 2**-22
+    low -= abs(low) * inclusive if qmin % 2 == 0 else 0
+    high += abs(high) * inclusive if qmax % 2 == 0 else 0
+    return low, high
 
 
 def _masked_gradient(
-    grad: Tensor, x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    qmin: float,
+    qmax: float,
+    axis: int | None,
+    zero_point: Tensor | None,
 ) -> Tensor:
-    """Return `grad` where `x` was in range and 0 elsewhere."""
-    low, high = _bounds(qmin, qmax)
-    # One pass without a mask in memory, with open bounds; they are numbers, so where the scale is
-    # not one that can be read without waiting, x is divided first.
+    """Return `grad` where ``qmin <= round(x / scale) + zero_point <= qmax`` and 0 elsewhere."""
+    # One pass without a mask in memory, with open bounds; they are numbers, so where scale and
+    # zero-point are not ones that can be read without waiting, x is moved to them first.
     if axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = scale.item()
-        low, high = low * step, high * step
+        zero = 0.0 if zero_point is None else zero_point.item()
+        low, high = (bound * scale.item() for bound in _bounds(qmin - zero, qmax - zero))
     else:
         x = x / along_axis(scale, axis, x.dim())
+        x = x if zero_point is None else x + zero_point
+        low, high = _bounds(qmin, qmax)
     passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
     return passed
 
 
 def _scale_gradient(
-    grad: Tensor, x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None
+    grad: Tensor,
+    passed: Tensor,
+    x: Tensor | None,
+    y: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None,
 ) -> Tensor:
-    """Return the gradient of a learned scale (LSQ, Esser et al. 2020, equation 3)."""
-    ratio = x / along_axis(scale, axis, x.dim())
-    codes = encode(x, scale, qmin, qmax, axis)
-    low, high = _bounds(qmin, qmax)
-    inside = (ratio > low) & (ratio < high)
-    slope = torch.where(inside, codes - ratio, codes)
-    product = grad * slope
-    if axis is None:
-        return product.sum()
-    return product.sum([i for i in range(x.dim()) if i != axis % x.dim()])
+    """Return the gradient of a learned scale.
+
+    ``sum(grad * (code - x / scale))`` over what is inside the range plus ``sum(grad * code)`` over
+    what is clipped (LSQ, Esser et al. 2020, equation 3); the second sum alone without `x` (PACT,
+    Choi et al. 2018, equation 2). With a zero-point a clipped value is ``code * scale + offset``,
+    of which the code is counted (LSQ+, Bhalgat et al. 2020, equation 5).
+
+    Args:
+        grad: Gradient of the quantized tensor.
+        passed: The same where inside the range, 0 elsewhere.
+        x: What was quantized; ``None`` leaves out what is inside.
+        y: What it became, ``(code - zero_point) * scale``.
+        scale: ``[]`` or ``[C]``.
+        zero_point: Code of 0; ``None`` for 0.
+        axis: Channel axis; ``None`` per tensor.
+    """
+    inside = y if x is None else x
+    total = (_dot(grad, y, axis) - _dot(passed, inside, axis)) / scale
+    if zero_point is not None:
+        total = total + zero_point * (grad.sum() - passed.sum())
+    return total
+
+
+def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
+    """Return the sum of products, over all axes or all but one."""
+    if axis is None and a.stride() == b.stride():
+        return torch.dot(in_memory_order(a), in_memory_order(b))
+    return (a * b).sum([i for i in range(a.dim()) if axis is None or i != axis % a.dim()])
+
+
+def offset_to_zero_point(offset: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
+    """Return the code of 0 for a range that begins at an offset, a whole number as a float.
+
+    ``zero_point = clamp(round_half_even(qmin - offset / scale), qmin, qmax)``
+
+    Args:
+        offset: Value of the smallest code, ``[]``.
+        scale: ``[]``, positive.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Example:
+        >>> offset_to_zero_point(torch.tensor(-0.3), torch.tensor(0.1), 0, 255)
+        tensor(3.)
+    """
+    return (qmin - offset / scale).round().clamp(qmin, qmax)
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    qmin: float,
+    qmax: float,
+    axis: int | None = None,
+    offset: Tensor | None = None,
+    clipped_only: bool = False,
 ) -> Tensor:
     """Round a tensor to the numbers an integer engine can hold, and keep it differentiable.
 
-    ``y = clamp(round_half_even(x / scale), qmin, qmax) * scale``
+    ``y = (clamp(round_half_even(x / scale) + z, qmin, qmax) - z) * scale``
 
-    The gradient with respect to `x` passes where ``qmin <= round(x / scale) <= qmax`` and is zero
-    elsewhere (straight-through, Bengio et al. 2013); a scale that requires a gradient gets LSQ's
-    (Esser et al. 2020). Half-precision inputs, also under autocast, are computed in float32 and
-    returned in their own type.
+    The zero-point ``z`` is 0, or ``round_half_even(qmin - offset / scale)``. The gradient with
+    respect to `x` passes where the code is not clamped and is zero elsewhere (straight-through,
+    Bengio et al. 2013); a scale that requires a gradient gets LSQ's (Esser et al. 2020), and an
+    offset LSQ+'s (Bhalgat et al. 2020). Half-precision inputs, also under autocast, are computed
+    in float32 and returned in their own type.
 
     Args:
         x: Tensor of any shape, floating point.
@@ -144,17 +233,51 @@ def fake_quantize(
         qmin: Smallest code: -128 (inputs), -127 (weights), 0 (unsigned).
         qmax: Largest code; 448 rounds to float8 E4M3.
         axis: Channel axis of `x`; ``None`` per tensor.
+        offset: Value of the smallest code, ``[]``; ``None`` for zero-point 0.
+        clipped_only: Give the scale the gradient of what is clipped alone (PACT, Choi et al. 2018).
 
     Example:
         >>> fake_quantize(torch.tensor([-0.26, 0.04, 99.0]), torch.tensor(0.1), -128, 127)
         tensor([-0.3000,  0.0000, 12.7000])
     """
     values = x.float()
-    if _native_is_faster(values, scale, qmax):
+    if offset is None and _native_is_faster(values, scale, qmax):
         y = _native(values, scale, int(qmin), int(qmax), axis)
     else:
-        y = _FakeQuantize.apply(values, scale, qmin, qmax, axis)
+        y = _FakeQuantize.apply(values, scale, qmin, qmax, axis, offset, clipped_only)
     return y.to(x.dtype)
+
+
+class _LearnedScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return scale.clamp_min(1e-12)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def learned_scale(scale: Tensor, factor: float) -> Tensor:
+    """Return a scale that trains: kept above zero, its gradient multiplied by a factor.
+
+    The gradient passes also where the scale stepped below zero, so that it can come back.
+
+    Args:
+        scale: ``[]`` or ``[C]``.
+        factor: What the gradient is multiplied by.
+
+    Example:
+        >>> scale = torch.tensor(0.5, requires_grad=True)
+        >>> learned_scale(scale, 0.1).square().backward()
+        >>> scale.grad
+        tensor(0.1000)
+    """
+    if not scale.requires_grad or is_exporting():
+        return scale.detach().clamp_min(1e-12)
+    positive: Tensor = _LearnedScale.apply(scale, factor)
+    return positive
 
 
 def _native_is_faster(x: Tensor, scale: Tensor, qmax: float) -> bool:
@@ -175,12 +298,14 @@ _fake_quantize_op = torch.library.custom_op(
     "lq::fake_quantize",
     fake_quantize,
     mutates_args=(),
-    schema="(Tensor x, Tensor scale, float qmin, float qmax, int? axis) -> Tensor",
+    schema="(Tensor x, Tensor scale, float qmin, float qmax, int? axis, Tensor? offset) -> Tensor",
 )
 
 
 @_fake_quantize_op.register_fake
-def _(x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None) -> Tensor:
+def _(
+    x: Tensor, scale: Tensor, qmin: float, qmax: float, axis: int | None, offset: Tensor | None
+) -> Tensor:
     return torch.empty_like(x)
 
 

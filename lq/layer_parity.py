@@ -272,9 +272,11 @@ def _quantizer(node: str) -> str:
 
 
 def _encoded(quantizer: Quantizer, x: Tensor) -> Tensor:
-    spec, scale = quantizer.spec, quantizer.scale
+    """Return codes less the zero-point."""
+    spec, scale, zero = quantizer.spec, quantizer.scale, int(quantizer.zero_point)
     assert scale is not None
-    return encode(x.detach().cpu().float(), scale.detach().cpu(), spec.qmin, spec.qmax)
+    x = x.detach().cpu().float()
+    return encode(x, scale.detach().cpu(), spec.qmin - zero, spec.qmax - zero)
 
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:

@@ -32,17 +32,13 @@ class QuantizerStates:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._states = [
-            (q, q.mode, None if q.scale is None else q.scale.detach().clone())
-            for q in quantizers(model).values()
-        ]
+        self._states = [(q, q.mode, q.saved()) for q in quantizers(model).values()]
 
     def restore(self) -> None:
         """Give every quantizer the mode and the scale it had, known or not."""
-        for quantizer, mode, scale in self._states:
+        for quantizer, mode, saved in self._states:
             quantizer.mode = mode
-            if scale is not None:
-                quantizer.restore(scale)
+            quantizer.restore(*saved)
 
 
 @contextmanager

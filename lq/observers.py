@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from lq.functional import in_memory_order
 from lq.histogram import BINS, Histogram, bin_index, count
 from lq.ranks import world_size
 
@@ -22,7 +23,8 @@ class RangeObserver:
     """Keeps the largest magnitude of all tensors shown to it.
 
     Attributes:
-        amax: ``max |x|`` over everything observed, float32 ``[]``; ``None`` before the first.
+        ends: How far everything observed reaches below and above 0, ``[-min x, max x]``, float32
+            ``[2]``; ``None`` before the first.
         name: Whose input is observed, for messages.
         batch: Number of the batch being observed, for messages.
     """
@@ -30,8 +32,13 @@ class RangeObserver:
     def __init__(self, name: str) -> None:
         self.name = name
         self.batch = 0
-        self.amax: Tensor | None = None
+        self.ends: Tensor | None = None
         self._last: tuple[weakref.ref[Tensor], int] | None = None
+
+    @property
+    def amax(self) -> Tensor | None:
+        """``max |x|`` over everything observed, ``[]``; ``None`` before the first."""
+        return None if self.ends is None else self.ends.amax().abs()  # not -0
 
     def observe(self, x: Tensor) -> None:
         """Take note of one tensor, once where several layers in a row are given the same.
@@ -50,25 +57,26 @@ class RangeObserver:
 
     def _collect(self, x: Tensor) -> None:
         low, high = torch.aminmax(x)
-        self._note(torch.maximum(-low, high))
+        self._note(low, high)
 
-    def _note(self, amax: Tensor) -> None:
-        amax = amax.float().abs()  # not -0
-        if not amax.isfinite():
+    def _note(self, low: Tensor, high: Tensor) -> None:
+        ends = torch.stack([-low, high]).float()
+        if not ends.isfinite().all():
             raise RuntimeError(
                 f"Expected finite activations, but {self.name!r} got NaN or infinity in batch "
                 f"{self.batch}."
             )
-        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        self.ends = ends if self.ends is None else torch.maximum(self.ends, ends)
 
     def synchronize(self, device: torch.device) -> None:
         """Merge the statistics of all ranks into each, where training is distributed."""
         if world_size() == 1:
             return
         # A rank that saw nothing must take part all the same.
-        amax = torch.full((), -1.0, device=device) if self.amax is None else self.amax
-        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
-        self.amax = None if amax < 0 else amax
+        nothing = torch.full((2,), -torch.inf, device=device)
+        ends = nothing if self.ends is None else self.ends
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        self.ends = ends if ends.isfinite().all() else None
 
 
 class HistogramObserver(RangeObserver):
@@ -106,8 +114,9 @@ class HistogramObserver(RangeObserver):
         else:
             whole = values.numel() // BLOCK * BLOCK
             blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
-            peaks = torch.maximum(blocks.amax(1), -blocks.amin(1))
-            self._note(peaks.amax())
+            lows, highs = blocks.amin(1), blocks.amax(1)
+            self._note(lows.amin(), highs.amax())
+            peaks = torch.maximum(highs, -lows)
             counts = _count_sampled(blocks, peaks, -(-values.numel() // self.sample))
             if rest.numel():
                 super()._collect(rest)
@@ -122,12 +131,6 @@ class HistogramObserver(RangeObserver):
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(self.counts)
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """Return the elements ``[N]`` in the order they lie in memory, without a copy where dense."""
-    order = sorted(range(x.dim()), key=lambda i: x.stride(i), reverse=True)
-    return x.permute(order).reshape(-1)
 
 
 def _count_sampled(blocks: Tensor, peaks: Tensor, every: int) -> Tensor:

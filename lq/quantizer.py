@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,9 +16,15 @@ from lq.functional import (
     amax_to_scale,
     fake_quantize,
     is_exporting,
+    learned_scale,
+    offset_to_zero_point,
     round_to_dtype,
 )
-from lq.spec import QuantSpec
+from lq.ranks import world_size
+from lq.tensor_spec import QuantSpec
+
+MOMENTUM = 0.99
+"""Share of a moving-average range that stays at each training batch."""
 
 
 class Mode(enum.Enum):
@@ -42,7 +50,12 @@ class Quantizer(nn.Module):
 
     The scale is a buffer, or a parameter when learned, of its final shape from the start:
     ``[]`` per tensor, ``[channels]`` per channel, NaN until calibrated; float32 whatever type the
-    model is cast to. Formats without a scale (fp16, bf16, fp32) have ``scale = None``.
+    model is cast to. Formats without a scale (fp16, bf16, fp32) have ``scale = None``. Asymmetric
+    specs have a learned ``offset`` besides, the value of the smallest code; others have ``None``.
+
+    Ranges move only in training mode: learned ones by the optimizer, moving averages in
+    ``forward``, which follows ``amax`` of each batch over all ranks,
+    ``amax <- 0.99 amax + 0.01 max |x|`` (Jacob et al. 2018, section 3.1).
 
     Args:
         spec: How to quantize.
@@ -60,6 +73,7 @@ class Quantizer(nn.Module):
     """
 
     scale: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -73,8 +87,13 @@ class Quantizer(nn.Module):
         self.name = name
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
+        self.bits: int | None = None
+        """Bits the codes have for now, where that is more than the format's."""
+        self.is_frozen = False
+        """Whether a moving average has stopped following."""
         # Cached, so that a calibrated quantizer never waits for the device to look at its scale.
         self._calibrated = not spec.needs_scale
+        self.register_buffer("offset", None)
         if not spec.needs_scale:
             self.register_buffer("scale", None)
             return
@@ -85,10 +104,12 @@ class Quantizer(nn.Module):
             )
         shape = () if channels is None else (channels,)
         scale = torch.full(shape, torch.nan, device=device, dtype=torch.float32)
-        if spec.learn_scale:
+        if spec.learns_range:
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
+        if not spec.symmetric:
+            self.offset = nn.Parameter(scale.clone())
 
     @property
     def is_calibrated(self) -> bool:
@@ -96,13 +117,19 @@ class Quantizer(nn.Module):
         if not self._calibrated and self.scale is not None:
             scale = self.scale.detach()
             # A learned scale may step over zero; it is used as a small positive one then.
-            known = scale.isfinite() if self.spec.learn_scale else scale.isfinite() & (scale > 0)
+            known = scale.isfinite() if self.spec.learns_range else scale.isfinite() & (scale > 0)
             self._calibrated = bool(known.all())
         return self._calibrated
 
     @property
     def amax(self) -> Tensor | None:
-        """The magnitude that maps to the largest code; setting it sets the scale."""
+        """The magnitude that maps to the largest code; setting it sets the scale.
+
+        Of an asymmetric quantizer, the larger magnitude of the two ends of its range.
+        """
+        if self.scale is not None and self.offset is not None:
+            low = self.offset.detach()
+            return torch.maximum(-low, low + self.scale.detach() * self.spec.qmax)
         return None if self.scale is None else self.scale.detach() * self.spec.qmax
 
     @amax.setter
@@ -120,19 +147,44 @@ class Quantizer(nn.Module):
                 f"Expected the range of {self.name!r} to have shape {list(self.scale.shape)}, "
                 f"but got {list(amax.shape)}."
             )
+        if self.offset is not None:
+            self.set_bounds(-amax, amax)
+            return
         with torch.no_grad():
             self.scale.copy_(amax_to_scale(amax, self.spec.qmax))
         self._calibrated = True
 
-    def restore(self, scale: Tensor | float) -> None:
-        """Set the scale as it was before, NaN where it was not known."""
-        if self.scale is not None:
-            self.scale.data.copy_(torch.as_tensor(scale))
-            self._calibrated = False  # as far as is known; it is looked at when needed
+    def set_bounds(self, low: Tensor, high: Tensor) -> None:
+        """Set the range of an asymmetric quantizer; it always takes in 0."""
+        assert self.scale is not None
+        assert self.offset is not None
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        with torch.no_grad():
+            self.offset.copy_(low)
+            self.scale.copy_(amax_to_scale(high - low, self.spec.qmax))
+        self._calibrated = True
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The code of 0, a whole number ``[]``; 0 unless asymmetric."""
+        if self.scale is None or self.offset is None:
+            return torch.zeros(())
+        spec = self.spec
+        return offset_to_zero_point(self.offset.detach(), self.scale.detach(), spec.qmin, spec.qmax)
+
+    def saved(self) -> tuple[Tensor, ...]:
+        """Return copies of what says the range, for ``restore``."""
+        return tuple(t.detach().clone() for t in self.range_tensors().values())
+
+    def restore(self, *saved: Tensor | float) -> None:
+        """Set the range as it was before, NaN where it was not known."""
+        for tensor, value in zip(self.range_tensors().values(), saved, strict=True):
+            tensor.data.copy_(torch.as_tensor(value))
+        self._calibrated = not self.spec.needs_scale  # as far as is known; looked at when needed
 
     def reset_parameters(self) -> None:
         """Forget the range; called by name where modules made on the meta device come to life."""
-        self.restore(torch.nan)
+        self.restore(*(torch.nan for _ in self.range_tensors()))
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -160,45 +212,94 @@ class Quantizer(nn.Module):
                 "a Calibration or QuantizationAwareTraining callback, load a calibrated "
                 "checkpoint, or leave the layer float with a recipe rule (format: skip)."
             )
-        spec = self.spec
-        scale = _positive(self.scale) if spec.learn_scale else self.scale
-        quantize = torch.ops.lq.fake_quantize if is_exporting() else fake_quantize
-        y: Tensor = quantize(x, scale, spec.qmin, spec.qmax, spec.axis)
-        return y
+        scale, spec = self.scale, self.grid
+        if self.spec.range == "moving_average" and self.training and not self.is_frozen:
+            scale = self._follow(x)
+        if spec is not self.spec:
+            scale = scale * (self.spec.qmax / spec.qmax)
+        if not spec.learns_range:
+            return _fake_quantize(x, scale, spec)
+        scale = learned_scale(scale, self._gradient_scale(x))
+        return _fake_quantize(x, scale, spec, self.offset)
+
+    @property
+    def grid(self) -> QuantSpec:
+        """The spec as it is for now, with more bits where there are."""
+        if self.bits is None or self.bits <= self.spec.number_format.bits:
+            return self.spec
+        return dataclasses.replace(self.spec, format=f"int{self.bits}")
+
+    def _follow(self, x: Tensor) -> Tensor:
+        """Move the range towards the largest magnitudes of a batch, those of all ranks."""
+        assert self.scale is not None
+        axis = self.spec.axis
+        others = [i for i in range(x.dim()) if axis is None or i != axis % x.dim()]
+        amax = x.detach().abs().amax(others).float()
+        if world_size() > 1:
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
+        self.scale.lerp_(amax_to_scale(amax, self.spec.qmax), 1 - MOMENTUM)
+        # A copy, as a layer used twice moves the range again before the backward pass.
+        return self.scale.clone()
+
+    def _gradient_scale(self, x: Tensor) -> float:
+        """Return what the gradient of a learned scale is multiplied by.
+
+        ``1 / sqrt(N qmax)`` with `N` the weights or, of one sample, the features that share the
+        scale (Esser et al. 2020, section 2.2); for PACT ``1 / qmax^2``, with which gradient descent
+        moves ``amax = scale * qmax`` as if that were the parameter.
+        """
+        spec = self.grid
+        if spec.range == "pact":
+            return spec.qmax**-2
+        assert self.scale is not None
+        is_weight = spec.narrow or spec.axis is not None
+        shared = x.numel() / (self.scale.numel() if is_weight else max(len(x), 1))
+        return 1 / math.sqrt(max(shared, 1) * spec.qmax)
 
     def clipped(self, x: Tensor) -> Tensor:
         """Return where `x` lies beyond the range, as a mask."""
         assert self.scale is not None
         codes = x.detach() / along_axis(self.scale.detach(), self.spec.axis, x.dim())
+        codes = codes + self.zero_point
         return (codes < self.spec.qmin - 0.5) | (codes > self.spec.qmax + 0.5)
 
     def extra_repr(self) -> str:
         """Return format, axis and scale in a few words."""
         spec = self.spec
-        parts = [spec.format if spec.signed else f"u{spec.format}"]
+        parts = [spec.format if spec.qmin else f"u{spec.format}"]
         if self.scale is None:
             return parts[0]
         if spec.axis is not None:
             parts.append(f"axis={spec.axis}")
-        if spec.learn_scale:
-            parts.append("learned")
+        if spec.range != "frozen":
+            parts.append(spec.range if spec.symmetric else f"{spec.range}+")
         if not self.is_calibrated:
             parts.append("uncalibrated")
         elif self.scale.dim() == 0:
             parts.append(f"scale={self.scale.item():.3g}")
         else:
             parts.append(f"scale={self.scale.min().item():.3g}..{self.scale.max().item():.3g}")
+        if self.offset is not None and self.is_calibrated:
+            parts.append(f"offset={self.offset.item():.3g}")
+        if self.grid is not spec:
+            parts.append(f"{self.bits} bits for now")
         if self.mode is not Mode.QUANTIZE:
             parts.append(self.mode.value)
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         # Moves with the model, but stays float32: a rounded scale would change the integers.
-        before = None if self.scale is None else self.scale.data
+        before = {name: t.data for name, t in self.range_tensors().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.scale is not None and self.scale.dtype != torch.float32:
-            self.scale.data = before.to(self.scale.device)
+        for name, tensor in self.range_tensors().items():
+            if tensor.dtype != torch.float32:
+                tensor.data = before[name].to(tensor.device)
         return self
+
+    def range_tensors(self) -> dict[str, Tensor]:
+        """Return the buffers or parameters that say the range, by name."""
+        named = {"scale": self.scale, "offset": self.offset}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -207,6 +308,12 @@ class Quantizer(nn.Module):
             _ = self.is_calibrated  # looks now, so that nothing has to while compiled or exported
 
 
-def _positive(scale: Tensor) -> Tensor:
-    """Keep a learned scale above zero, letting its gradient through so that it can come back."""
-    return scale + (scale.clamp_min(1e-12) - scale).detach()
+def _fake_quantize(
+    x: Tensor, scale: Tensor, spec: QuantSpec, offset: Tensor | None = None
+) -> Tensor:
+    """Quantize as a spec says."""
+    if is_exporting():
+        y: Tensor = torch.ops.lq.fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset)
+        return y
+    clipped_only = spec.range == "pact"
+    return fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset, clipped_only)

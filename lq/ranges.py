@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lq.files import written_whole
+from lq.quantizer import Quantizer
 from lq.surgery import quantizers
 
 VERSION = 1
@@ -28,11 +30,33 @@ class Range:
         calibrator: Which calibrator it is from.
         errors: Calibrator -> relative squared error that its range causes at the layer's output
             (see ``lq.scoring``); empty where there was nothing to choose.
+        ends: Of an asymmetric quantizer, how far the data reach below and above 0, ``[2]``.
     """
 
     amax: Tensor
     calibrator: str
     errors: Mapping[str, float] = field(default_factory=dict)
+    ends: Tensor | None = None
+
+    def apply(self, quantizer: Quantizer) -> None:
+        """Give a quantizer its range."""
+        if self.ends is None:
+            quantizer.amax = self.amax
+        else:
+            below, above = torch.minimum(self.ends, self.amax)
+            quantizer.set_bounds(-below, above)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the range as plain values."""
+        ends = {} if self.ends is None else {"ends": self.ends.tolist()}
+        errors = dict(self.errors)
+        return {"amax": self.amax.tolist(), "calibrator": self.calibrator, "errors": errors, **ends}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Range:
+        """Return the range that ``to_dict`` describes."""
+        ends = torch.tensor(plain["ends"]) if "ends" in plain else None
+        return cls(torch.tensor(plain["amax"]), plain["calibrator"], plain["errors"], ends)
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class Ranges:
                 "quantize it with the recipe they were found with."
             )
         for name, found in self.found.items():
-            present[name].amax = found.amax
+            found.apply(present[name])
 
     def table(self) -> str:
         """Return the ranges as text, with the SQNR of every calibrator that competed.
@@ -103,10 +127,7 @@ class Ranges:
             "model_sha256": self.model,
             "data_sha256": self.data,
             "outputs": self.outputs,
-            "ranges": {
-                name: {"amax": r.amax.tolist(), "calibrator": r.calibrator, "errors": r.errors}
-                for name, r in self.found.items()
-            },
+            "ranges": {name: found.to_dict() for name, found in self.found.items()},
         }
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
@@ -126,10 +147,7 @@ class Ranges:
             plain = json.loads(path.read_text(encoding="utf-8"))
             if plain["version"] != VERSION:
                 raise ValueError(f"its version is {plain['version']}, not {VERSION}")
-            found = {
-                name: Range(torch.tensor(r["amax"]), r["calibrator"], r["errors"])
-                for name, r in plain["ranges"].items()
-            }
+            found = {name: Range.from_dict(r) for name, r in plain["ranges"].items()}
             keys = ("model_sha256", "data_sha256", "calibrator", "outputs")
             return cls(found, *(plain[key] for key in keys))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

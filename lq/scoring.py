@@ -153,13 +153,12 @@ def _alone(module: nn.Module) -> Iterator[Callable[..., Tensor]]:
 @contextmanager
 def _trial(quantizer: Quantizer, amax: Tensor) -> Iterator[None]:
     """Let one quantizer quantize with a range for a while."""
-    assert quantizer.scale is not None
-    before, mode = quantizer.scale.detach().clone(), quantizer.mode
+    before, mode = quantizer.saved(), quantizer.mode
     quantizer.amax, quantizer.mode = amax, Mode.QUANTIZE
     try:
         yield
     finally:
-        quantizer.restore(before)
+        quantizer.restore(*before)
         quantizer.mode = mode
 
 

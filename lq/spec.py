@@ -1,10 +1,11 @@
-"""What is quantized, and how: number formats, specs of one tensor, recipes of a whole model."""
+"""Recipes: which layers of a model get which specs."""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,131 +15,15 @@ import yaml
 from torch import nn
 
 from lq.files import written_whole
-from lq.formats import FORMATS, Format, check_format
-from lq.functional import FP8_MAX
+from lq.formats import FORMATS, check_format
 from lq.gemm import is_small
 from lq.messages import check_keys, suggest
+from lq.tensor_spec import FLOAT_LAYER, LayerSpec, QuantSpec
 
+__all__ = ["FLOAT_LAYER", "PRESETS", "SKIP", "LayerSpec", "QuantSpec", "Recipe", "Rule"]
 SKIP = "skip"
 RESIDUAL = ("shortcut", "both")
 """Which inputs of residual additions can be quantized."""
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How one tensor is quantized: ``scale = amax / qmax``, zero-point 0.
-
-    Per tensor (``axis=None``) the scale has shape ``[]``; per channel a tensor of shape
-    ``[.., C, ..]`` with ``C`` at `axis` has a scale of shape ``[C]``.
-
-    Attributes:
-        format: Name of a number format.
-        signed: ``False`` for codes 0 ... 2^b - 1 of tensors that are never negative.
-        axis: Channel axis, or ``None`` per tensor. In a recipe's weights any axis stands for the
-            output channels, which each kind of layer has in its own place.
-        symmetric: Always ``True``: the engines served need zero-point 0.
-        narrow: Drop the lowest code, so that the range is symmetric: [-127, 127]. Recipes set it
-            for weights.
-        learn_scale: Train the scale as a parameter (LSQ).
-
-    Raises:
-        ValueError: For an unknown format or a combination that no engine has.
-
-    Example:
-        >>> spec = QuantSpec("int8", axis=0, narrow=True)
-        >>> spec.qmin, spec.qmax
-        (-127, 127)
-    """
-
-    format: str = "int8"
-    signed: bool = True
-    axis: int | None = None
-    symmetric: bool = True
-    narrow: bool = False
-    learn_scale: bool = False
-
-    def __post_init__(self) -> None:
-        check_format(self.format)
-        for name in ("signed", "symmetric", "narrow", "learn_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"Expected `{name}` to be true or false, but got {getattr(self, name)!r}."
-                )
-        if not self.symmetric:
-            raise ValueError(
-                "Expected `symmetric` to be True, but got False: TensorRT needs zero-point 0; "
-                "use signed=False for tensors that are never negative."
-            )
-        if not self.signed and not self.format.startswith("int"):
-            raise ValueError(
-                f"Expected `signed` to be True for format {self.format!r}, but got False: "
-                "only integer formats can be unsigned."
-            )
-        if self.axis is not None and (
-            isinstance(self.axis, bool) or not isinstance(self.axis, int)
-        ):
-            raise ValueError(f"Expected `axis` to be an int or None, but got {self.axis!r}.")
-
-    @property
-    def number_format(self) -> Format:
-        """The format's description."""
-        return FORMATS[self.format]
-
-    @property
-    def needs_scale(self) -> bool:
-        """Whether the tensor has a scale to calibrate."""
-        return self.number_format.needs_scale
-
-    @property
-    def qmax(self) -> float:
-        """Largest code."""
-        if self.format == "fp8_e4m3":
-            return FP8_MAX
-        bits = self.number_format.bits
-        return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
-
-    @property
-    def qmin(self) -> float:
-        """Smallest code."""
-        if not self.signed:
-            return 0
-        return -self.qmax if self.narrow or self.format == "fp8_e4m3" else -self.qmax - 1
-
-    @classmethod
-    def parse(cls, value: Any, where: str = "a spec", **defaults: Any) -> QuantSpec:
-        """Return the spec that a format name, a mapping or a spec stands for."""
-        if isinstance(value, QuantSpec):
-            return value
-        if isinstance(value, str):
-            return cls(value, **defaults)
-        if isinstance(value, Mapping):
-            check_keys(value, [f.name for f in dataclasses.fields(cls)], where)
-            return cls(**{**defaults, **value})
-        raise ValueError(f"Expected {where} to be a format name or a mapping, but got {value!r}.")
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """The specs of one layer's weights and input."""
-
-    weights: QuantSpec
-    inputs: QuantSpec
-
-    def __post_init__(self) -> None:
-        weights, inputs = self.weights, self.inputs
-        if not weights.needs_scale and weights.format != inputs.format:
-            raise ValueError(
-                f"Expected weights in {weights.format!r} to meet inputs of the same format, but "
-                f"got inputs in {inputs.format!r}: a layer computes in one format."
-            )
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the layer stays as it is."""
-        return self.weights.format == self.inputs.format == "fp32"
-
-
-FLOAT_LAYER = LayerSpec(QuantSpec("fp32"), QuantSpec("fp32"))
 
 
 @dataclass(frozen=True)
@@ -197,7 +82,12 @@ class Rule:
         name = "fp32" if self.format == SKIP else self.format
         return LayerSpec(
             dataclasses.replace(spec.weights, format=name, signed=True),
-            dataclasses.replace(spec.inputs, format=name, signed=True),
+            dataclasses.replace(
+                spec.inputs,
+                format=name,
+                signed=True,
+                symmetric=spec.inputs.symmetric or not name.startswith("int"),
+            ),
         )
 
 
@@ -228,6 +118,8 @@ class Recipe:
             0 ... 255 instead of 0 ... 127, as CPU engines compute with, and TensorRT does not.
         pooling: Quantize what average pooling reads from a ReLU, so that the layer before it
             gives integers.
+        first_and_last: Format of the first and the last layer, in the order the model holds them,
+            which low bits hurt most; rules come after it. ``None`` treats them as all.
 
     Raises:
         ValueError: For an unknown key or format, naming the nearest valid spelling.
@@ -248,6 +140,7 @@ class Recipe:
     residual: str | None = "shortcut"
     unsigned: bool = False
     pooling: bool = False
+    first_and_last: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -258,6 +151,8 @@ class Recipe:
                     f"Expected `inputs` to be per tensor (axis=None), but got axis={inputs.axis}: "
                     "engines multiply integers whose input scale is one number."
                 )
+        if self.first_and_last is not None:
+            check_format(self.first_and_last, extra=(SKIP,))
         if self.fallback is not None:
             check_format(self.fallback)
             if FORMATS[self.fallback].needs_scale:
@@ -274,6 +169,20 @@ class Recipe:
                 f"Expected `residual` to be shortcut, both or null, but got {self.residual!r}; "
                 f"{suggest(self.residual, RESIDUAL)}"
             )
+
+    def of_layers(self, names: Sequence[str]) -> Recipe:
+        """Return the recipe for layers of these names, with rules that name first and last.
+
+        Example:
+            >>> recipe = PRESETS["w4a4"].of_layers(["conv1", "conv2", "fc"])
+            >>> [rule.name for rule in recipe.rules]
+            ['conv1', 'fc']
+        """
+        if self.first_and_last is None:
+            return self
+        ends = [glob.escape(name) for name in dict.fromkeys((names[0], names[-1]))]
+        rules = tuple(Rule(name=name, format=self.first_and_last) for name in ends)
+        return dataclasses.replace(self, first_and_last=None, rules=rules + self.rules)
 
     def layer_spec(self, name: str, layer: nn.Module) -> LayerSpec:
         """Return the specs of one layer by its qualified name."""
@@ -329,6 +238,7 @@ class Recipe:
             "residual": self.residual,
             "unsigned": self.unsigned,
             "pooling": self.pooling,
+            "first_and_last": self.first_and_last,
         }
 
     @classmethod
@@ -348,6 +258,7 @@ class Recipe:
             residual=values.get("residual", "shortcut"),
             unsigned=values.get("unsigned", False),
             pooling=values.get("pooling", False),
+            first_and_last=values.get("first_and_last"),
         )
 
     def to_json(self) -> str:
@@ -429,13 +340,23 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
+def _low_bits(bits: int) -> Recipe:
+    """Return weights and inputs of so many bits with learned scales, but 8 at either end."""
+    weights = QuantSpec(f"int{bits}", axis=0, narrow=True, range="lsq")
+    inputs = QuantSpec(f"int{bits}", range="lsq")
+    return Recipe(weights, inputs, residual=None, unsigned=True, first_and_last="int8")
+
+
 PRESETS: dict[str, Recipe] = {
     "tensorrt_int8": Recipe(),
     "int8_fp16_fallback": Recipe(fallback="fp16"),
     "weight_only_int8": Recipe(inputs=QuantSpec("fp32")),
     "onnxruntime_int8": Recipe(residual="both", unsigned=True, pooling=True),
     "openvino_int8": Recipe(residual="both", unsigned=True, pooling=True),
+    "w4a4": _low_bits(4),
+    "w3a3": _low_bits(3),
+    "w2a2": _low_bits(2),
 }
 """Recipes by name: INT8 everywhere; INT8 with small layers in FP16; INT8 weights, float inputs;
 INT8 as CPU engines want it: both inputs of residual additions, what pooling reads, and no sign
-where nothing is negative."""
+where nothing is negative; and low bits to train with, as the literature counts them."""

@@ -17,7 +17,7 @@ RECIPE = "lq_recipe"
 """Attribute of a quantized model that holds its recipe, and the state_dict key it travels under."""
 _LEFT = "_lq_left"
 _HOOKS = "_lq_hooks"
-_SCALE = "_quantizer.scale"
+_RANGE = ("_quantizer.scale", "_quantizer.offset")
 
 
 def attach_recipe(model: nn.Module, recipe: Recipe, left: Mapping[str, str]) -> None:
@@ -93,12 +93,13 @@ def _check_before_loading(
     """Accept a float state_dict as uncalibrated, and a quantized one only if it is complete."""
     stored = state_dict.pop(prefix + RECIPE, None)
     scales = {
-        f"{prefix}{name}.scale": module.scale
+        f"{prefix}{name}.{part}": tensor
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Quantizer) and module.scale is not None
+        if isinstance(module, Quantizer)
+        for part, tensor in module.range_tensors().items()
     }
     _name_shared(scales, state_dict)
-    given = {key for key in state_dict if key.startswith(prefix) and key.endswith(_SCALE)}
+    given = {key for key in state_dict if key.startswith(prefix) and key.endswith(_RANGE)}
     missing, extra = scales.keys() - given, given - scales.keys()
     if given and (missing or extra):
         errors.append(
@@ -123,7 +124,7 @@ def _name_shared(scales: Mapping[str, Tensor], state_dict: MutableMapping[str, A
 
 
 def _count(keys: Iterable[str], what: str) -> str:
-    names = sorted(key.removesuffix(".scale") for key in keys)
+    names = sorted({key.rpartition(".")[0] for key in keys})
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} {what}" + (f" ({shown})" if names else "")
 

@@ -38,13 +38,28 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
 
 
+def weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Return the quantizers of weights by qualified name."""
+    return {n: q for n, q in quantizers(model).items() if n.endswith("weight_quantizer")}
+
+
+def input_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Return the quantizers of what passes through a model by qualified name."""
+    return {n: q for n, q in quantizers(model).items() if not n.endswith("weight_quantizer")}
+
+
 def is_calibrated(model: nn.Module) -> bool:
     """Return whether a model's calibration has run, or needs not.
 
     Ranges are set all together, so one known range tells it; quantizers that no data reached stay
     uncalibrated for good, and refuse to run.
     """
-    need = [q for q in quantizers(model).values() if q.spec.needs_scale]
+    return any_calibrated(quantizers(model))
+
+
+def any_calibrated(found: Mapping[str, Quantizer]) -> bool:
+    """Return whether one of several quantizers knows its range, or none needs one."""
+    need = [q for q in found.values() if q.spec.needs_scale]
     return not need or any(q.is_calibrated for q in need)
 
 
@@ -127,6 +142,7 @@ def quantize(model: ModuleT, recipe: Recipe | str | Path | Mapping[str, Any]) ->
             f"quantized, but found none in {type(model).__name__}"
             + (f" ({_describe(left)})." if left else ".")
         )
+    recipe = recipe.of_layers(list(layers))
     recipe.check_rules(layers, nameable(dataflow))
     specs = {name: recipe.layer_spec(name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():

@@ -67,3 +67,19 @@ def trainer(folder, callbacks=(), **kwargs):
             **kwargs,
         }
     )
+
+
+def with_ranges(kind):
+    """Return a recipe whose ranges are ``frozen``, follow a ``moving_average``, or train."""
+    spec = {"format": "int8", "range": kind}
+    return {"weights": spec, "inputs": spec}
+
+
+class Losses(L.Callback):
+    """Notes the loss of every training batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+        self.seen.append(outputs["loss"].item())

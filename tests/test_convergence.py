@@ -85,7 +85,7 @@ def test_the_model_is_left_as_it_was(calibrated, fails) -> None:
 
 def test_learned_scales_stay_the_same_parameters() -> None:
     x, _ = blobs(32, 0)
-    recipe = {"inputs": {"format": "int8", "learn_scale": True}}
+    recipe = {"inputs": {"format": "int8", "range": "lsq"}}
     model = lq.quantize(network(), recipe)
     lq.calibrate(model, [x], progress=False)
     scales = [q.scale for q in model.modules() if isinstance(q, lq.Quantizer)]

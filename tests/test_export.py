@@ -1,6 +1,7 @@
 """Exported graphs: what is in them, and that failures leave nothing behind."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import lq
 from lq.export import passes
@@ -138,6 +141,20 @@ def test_weights_are_integers_and_small(tmp_path: object) -> None:
         v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and v.shape
     ]
     assert max(len(v.shape) for v in floats) == 1  # scales, biases; no float weight is left
+
+
+@pytest.mark.parametrize("compute", [prune.l1_unstructured, weight_norm], ids=["mask", "norm"])
+def test_computed_weights_are_integers_too(compute: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(32, 32, 3), torch.randn(2, 32, 7, 7)  # so large that no exporter folds it
+    compute(conv, "weight", **({"amount": 0.5} if compute is prune.l1_unstructured else {}))
+    model = lq.quantize(nn.Sequential(conv, nn.BatchNorm2d(32)), "tensorrt_int8")
+    lq.calibrate(model, [x], progress=False)
+    graph = trace(model.eval(), x)
+    codes, _ = weight_of(graph, "0")
+    scale = conv.weight_quantizer.scale.view(-1, 1, 1, 1)
+    assert np.array_equal(codes, (conv.weight / scale).round().clamp(-127, 127).detach())
+    assert {n.op_type for n in graph.graph} == {"QuantizeLinear", "DequantizeLinear", "Conv"}
 
 
 def test_names_are_those_of_modules() -> None:

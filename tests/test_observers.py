@@ -139,7 +139,7 @@ def test_memory_is_constant() -> None:
 
     tensors = [v for v in vars(statistics).values() if isinstance(v, Tensor)]
 
-    assert sum(t.numel() for t in tensors) == BINS + 1
+    assert sum(t.numel() for t in tensors) == BINS + 2
 
 
 def test_what_several_layers_are_given_counts_once() -> None:

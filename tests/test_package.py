@@ -18,6 +18,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"},
+    {"tensor_spec"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},
     {"layers"},
@@ -27,6 +28,7 @@ LEVELS = [
         *("digest", "ranges", "scoring", "collector", "calibration"),
         *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
     },
+    {"schedule", "quantized_training"},
     {"repairs"},
     {"export"},
     {"engines"},
@@ -35,7 +37,7 @@ LEVELS = [
         *("curve", "convergence"),
     },
     {"datasets"},
-    {"models", "data", "module"},
+    {"models", "data", "module", "restore"},
     {"callbacks"},
     {"cli", "__main__"},
 ]

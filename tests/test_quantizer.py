@@ -15,12 +15,12 @@ from lq import Mode, Quantizer, QuantSpec
 
 PER_TENSOR = QuantSpec("int8")
 PER_CHANNEL = QuantSpec("int8", axis=0, narrow=True)
-LEARNED = QuantSpec("int8", learn_scale=True)
+LEARNED = QuantSpec("int8", range="lsq")
 SPECS = [
     pytest.param(PER_TENSOR, None, id="per-tensor"),
     pytest.param(PER_CHANNEL, 3, id="per-channel"),
     pytest.param(LEARNED, None, id="learned"),
-    pytest.param(QuantSpec("int4", axis=1, learn_scale=True), 4, id="learned-per-channel"),
+    pytest.param(QuantSpec("int4", axis=1, range="lsq"), 4, id="learned-per-channel"),
     pytest.param(QuantSpec("fp8_e4m3"), None, id="fp8"),
 ]
 X = torch.linspace(-3, 3, 12).view(3, 4)
@@ -57,7 +57,7 @@ def test_scale_has_its_final_shape_from_the_start(spec: QuantSpec, channels: int
     assert quantizer.scale.dtype is torch.float32
     assert quantizer.scale.isnan().all()
     assert not quantizer.is_calibrated
-    assert isinstance(quantizer.scale, nn.Parameter) is spec.learn_scale
+    assert isinstance(quantizer.scale, nn.Parameter) is spec.learns_range
     assert list(quantizer.state_dict()) == ["scale"]
 
 
@@ -241,7 +241,7 @@ def test_channels_go_with_the_axis(spec: QuantSpec, channels: int | None) -> Non
         (Quantizer(PER_CHANNEL, 3), "int8, axis=0, uncalibrated"),
         (calibrated(PER_TENSOR), "int8, scale=0.01"),
         (calibrated(PER_CHANNEL, 3), "int8, axis=0, scale=0.01..0.01"),
-        (calibrated(LEARNED), "int8, learned, scale=0.01"),
+        (calibrated(LEARNED), "int8, lsq, scale=0.01"),
         (calibrated(QuantSpec("int4", signed=False), amax=15.0), "uint4, scale=1"),
         (calibrated(QuantSpec("fp8_e4m3"), amax=448.0), "fp8_e4m3, scale=1"),
     ],
@@ -267,7 +267,7 @@ def test_scale_stays_float32_to_the_last_bit(
     assert model[0].weight.dtype is not torch.float32 or cast == "float"
     assert scale.dtype is torch.float32
     assert torch.equal(scale, before)
-    assert isinstance(scale, nn.Parameter) is spec.learn_scale
+    assert isinstance(scale, nn.Parameter) is spec.learns_range
     x = X.to(model[0].weight.dtype)
     assert model[1](x).dtype is x.dtype
 
@@ -297,7 +297,7 @@ def test_scale_moves_with_the_model(spec: QuantSpec, channels: int | None) -> No
 @pytest.mark.parametrize("channels", [None, 3], ids=["per-tensor", "per-channel"])
 def test_learned_scale_trains(channels: int | None) -> None:
     axis = None if channels is None else 0
-    quantizer = calibrated(QuantSpec("int8", axis=axis, learn_scale=True), channels)
+    quantizer = calibrated(QuantSpec("int8", axis=axis, range="lsq"), channels)
     x = X.clone().requires_grad_()
     before = quantizer.scale.detach().clone()
 

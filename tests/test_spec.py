@@ -93,8 +93,8 @@ def test_frozen_and_hashable(frozen: Any) -> None:
 COMPLEX = [
     pytest.param(
         Recipe(
-            weights=QuantSpec("int4", axis=None, learn_scale=True),
-            inputs=QuantSpec("int8", signed=False, learn_scale=True),
+            weights=QuantSpec("int4", axis=None, range="lsq"),
+            inputs=QuantSpec("int8", signed=False, range="lsq"),
             rules=(
                 Rule(name="head.*", format="skip"),
                 Rule(type="Linear", format="fp16"),
@@ -172,7 +172,7 @@ def test_an_empty_recipe_is_the_default(tmp_path: Path, text: str) -> None:
         pytest.param({"fallback": 3}, "3", id="fallback-number"),
         pytest.param({"inputs": {"fromat": "int8"}}, "inputs.*'fromat'.*'format'", id="spec-key"),
         pytest.param({"inputs": {"axis": 1}}, "`inputs`.*per tensor.*axis=1", id="inputs-axis"),
-        pytest.param({"inputs": {"symmetric": False}}, "`symmetric`.*zero-point", id="asymmetric"),
+        pytest.param({"inputs": {"symmetric": False}}, "`symmetric`.*range: lsq", id="asymmetric"),
         pytest.param({"inputs": {"format": "fp16", "signed": False}}, "`signed`", id="unsigned-fp"),
         pytest.param({"weights": {"axis": "0"}}, "`axis`.*'0'", id="axis-string"),
         pytest.param({"weights": {"axis": True}}, "`axis`.*True", id="axis-bool"),
@@ -203,7 +203,12 @@ def test_an_empty_recipe_is_the_default(tmp_path: Path, text: str) -> None:
             id="rule-inputs-axis",
         ),
         pytest.param({"inputs": {"signed": "no"}}, "`signed`.*'no'", id="signed-string"),
-        pytest.param({"inputs": {"learn_scale": "no"}}, "`learn_scale`.*'no'", id="learn-string"),
+        pytest.param({"inputs": {"range": "lsp"}}, "`range`.*did you mean 'lsq'", id="range"),
+        pytest.param(
+            {"weights": {"symmetric": False, "range": "lsq"}},
+            "`symmetric`",
+            id="asymmetric-weights",
+        ),
         pytest.param({"inputs": {"narrow": "no"}}, "`narrow`.*'no'", id="narrow-string"),
         pytest.param({"inputs": {"symmetric": "no"}}, "`symmetric`.*'no'", id="symmetric-string"),
         pytest.param({3: "int8"}, "3", id="key-number"),

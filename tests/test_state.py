@@ -126,7 +126,7 @@ def test_another_float_format_everywhere_names_a_layer() -> None:
         "tensorrt_int8",
         "weight_only_int8",
         SPECIAL,
-        {"inputs": {"format": "int8", "learn_scale": True}},
+        {"inputs": {"format": "int8", "range": "lsq"}},
         {"weights": {"format": "int8", "axis": None}, "inputs": "fp8_e4m3"},
         {"weights": "fp16", "inputs": "fp16"},
     ],

@@ -61,8 +61,9 @@ def _placed(model: nn.Module) -> dict[str, QuantSpec]:
 def _refusal(spec: QuantSpec, target: str, unsigned: frozenset[str] = frozenset()) -> str | None:
     if spec.format not in TARGETS[target]:
         return f"{spec.format}, and it runs {', '.join(sorted(TARGETS[target]))}"
-    if not spec.signed and target not in unsigned:
-        return "unsigned, and it runs signed integers with zero-point 0"
+    if spec.qmin == 0 and target not in unsigned:
+        kind = "unsigned" if spec.symmetric else "asymmetric"
+        return f"{kind}, and it runs signed integers with zero-point 0"
     return None
 
 

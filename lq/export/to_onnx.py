@@ -18,6 +18,7 @@ from torch import nn
 
 from lq.batches import model_inputs
 from lq.export import passes
+from lq.export.computed import store_computed_weights
 from lq.export.onnxruntime_encoding import ENCODINGS
 from lq.export.shapes import check_image_varies, check_other_image, dynamic_shapes, two_or_more
 from lq.export.shared import name_shared_quantizers
@@ -120,10 +121,11 @@ def trace(
             dynamic_shapes=dynamic_shapes(args, kwargs, dynamic_batch, dynamic_image),
             custom_translation_table={torch.ops.lq.fake_quantize.default: _quantize_dequantize},
         )
-    assert program is not None
+        assert program is not None
+        name_shared_quantizers(program.model.graph, model)
+        store_computed_weights(program.model.graph, model)
     if dynamic_image:
         check_image_varies(program.model.graph)
-    name_shared_quantizers(program.model.graph, model)
     _rewrite(program.model)
     return program.model
 
@@ -150,11 +152,15 @@ def _rewrite(model: ir.Model) -> None:
 
 
 def _quantize_dequantize(
-    x: Any, scale: Any, qmin: float, qmax: float, axis: int | None = None
+    x: Any, scale: Any, qmin: float, qmax: float, axis: int | None = None, offset: Any = None
 ) -> Any:
     """Write ``lq::fake_quantize`` as QuantizeLinear and DequantizeLinear."""
     shape = () if axis is None else (scale.shape[0],)
     zero_point = op.Constant(value=ir.tensor(np.zeros(shape, CODES[qmax])))
+    if offset is not None:  # of constants, so it is folded to one
+        low, high = (op.Constant(value=ir.tensor(np.float32(bound))) for bound in (qmin, qmax))
+        code = op.Round(op.Sub(low, op.Div(offset, scale)))
+        zero_point = op.Cast(op.Clip(code, low, high), to=ir.DataType.UINT8)
     along = {} if axis is None else {"axis": axis}
     codes = op.QuantizeLinear(x, scale, zero_point, **along)
     return op.DequantizeLinear(codes, scale, zero_point, **along)

@@ -258,7 +258,7 @@ def test_learned_scales_train_until_frozen(tmp_path):
         def on_train_epoch_end(self, trainer, pl_module):
             seen.append(pl_module.encoder[0].input_quantizer.scale.detach().clone())
 
-    recipe = {"inputs": {"format": "int8", "learn_scale": True}}
+    recipe = {"inputs": {"format": "int8", "range": "lsq"}}
     callback = QuantizationAwareTraining(
         recipe, "encoder", calibration_batches=2, freeze_scales_epoch=2
     )
@@ -328,7 +328,7 @@ def test_an_epoch_that_never_comes_is_refused(tmp_path):
 
 
 def test_learned_scales_under_ddp_name_the_strategy(tmp_path):
-    callback = QuantizationAwareTraining({"inputs": {"format": "int8", "learn_scale": True}})
+    callback = QuantizationAwareTraining({"inputs": {"format": "int8", "range": "lsq"}})
     run = trainer(tmp_path, [callback], strategy="ddp_spawn", devices=2)
     with pytest.raises(ValueError, match="find_unused_parameters_true"):
         callback.setup(run, autoencoder(), "fit")
