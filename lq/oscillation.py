@@ -175,7 +175,7 @@ class OscillationTracker:
         """Do a ``step`` with the weight of a layer, where it is pruned with what is left of it."""
         latent, weight, mask = latent_weight(layer), masked_weight(layer), weight_mask(layer)
         assert latent is not None
-        self.step(weight, weight_scale(layer), layer.weight_quantizer.spec, threshold)
+        self.step(weight, weight_scale(layer), layer.weight_quantizer.grid, threshold)
         if self.frozen is not None and mask is not None:
             latent.copy_(torch.where(mask != 0, weight, latent))
 
