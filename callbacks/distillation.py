@@ -76,7 +76,7 @@ class Distillation(L.Callback):
         self.features, self.feature_weight = list(features), feature_weight
         self.module, self.class_axis = module, class_axis
         self._distiller: Distiller | None = None
-        self._digest = ""
+        self._digest: str | None = None
         self._digest_before: str | None = None
         self._idle: int | None = 0
 
@@ -176,7 +176,8 @@ class Distillation(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells this teacher from others."""
-        return {"teacher": self._digest}
+        digest = self._digest or self._digest_before
+        return {"teacher": digest} if digest else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take note of the teacher that the fit began with."""

@@ -41,7 +41,7 @@ class OscillationControl(L.Callback):
         module: Submodule to control; a QuantModule's model, or the whole module, if not given.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or there are no such weights.
 
     Example:
         >>> L.Trainer(callbacks=OscillationControl("dampen"), logger=False)
@@ -53,7 +53,7 @@ class OscillationControl(L.Callback):
         method: str = "freeze",
         threshold: float = 0.1,
         final_threshold: float = 0.01,
-        dampening: float = 1e-3,
+        dampening: float = 0.1,
         momentum: float = 0.001,
         max_bits: int = 4,
         module: str | None = None,
@@ -100,9 +100,10 @@ class OscillationControl(L.Callback):
             others = self._stabilizer.others
             rank_zero_warn(f"Oscillations are left alone where weights are computed: {others}.")
         if not self._stabilizer.has_layers:
-            rank_zero_warn(
-                f"No layer has integer weights of at most `max_bits`, {self.max_bits}, bits: "
-                "oscillations are not controlled while that is so."
+            raise ValueError(
+                f"Expected layers with integer weights of at most `max_bits`, {self.max_bits}, "
+                "bits, but got none whose oscillations could be controlled; give the recipe such "
+                "weights, raise max_bits, or leave OscillationControl out."
             )
         self._handles = [o.register_step_post_hook(self._after_step()) for o in trainer.optimizers]
 

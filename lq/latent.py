@@ -62,8 +62,11 @@ def latent_layers(model: nn.Module) -> tuple[dict[str, QuantLayer], list[str]]:
 
 
 def weight_scale(layer: QuantLayer) -> Tensor:
-    """Return the scale that a layer's weight is divided by."""
-    scale = layer.weight_quantizer.scale
-    assert scale is not None
+    """Return the scale that a layer's weight is divided by for now."""
+    quantizer = layer.weight_quantizer
+    assert quantizer.scale is not None
+    scale = quantizer.scale.detach()
+    if quantizer.grid is not quantizer.spec:  # more bits for now
+        scale = scale * (quantizer.spec.qmax / quantizer.grid.qmax)
     # One that learns may step over zero, and is used as a small positive one then.
-    return scale.detach().clamp_min(1e-12) if isinstance(scale, nn.Parameter) else scale
+    return scale.clamp_min(1e-12) if quantizer.spec.learns_range else scale

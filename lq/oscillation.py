@@ -118,14 +118,14 @@ class OscillationTracker:
     Example:
         >>> tracker = OscillationTracker(torch.tensor([0.0, 0.0]), momentum=0.5, freezes=True)
         >>> for codes in ([1.0, 0.0], [0.0, 0.0], [1.0, 0.0]):
-        ...     tracker.update(torch.tensor(codes), threshold=0.7)
+        ...     _ = tracker.update(torch.tensor(codes), threshold=0.7)
         >>> tracker.frequency
         tensor([0.7500, 0.0000])
         >>> tracker.frozen, tracker.codes
         (tensor([ True, False]), tensor([1, 0], dtype=torch.int8))
     """
 
-    def __init__(self, codes: Tensor, momentum: float = 0.01, freezes: bool = False) -> None:
+    def __init__(self, codes: Tensor, momentum: float = 0.001, freezes: bool = False) -> None:
         self.momentum = momentum
         self.codes = codes.to(torch.int8)
         self.direction = torch.zeros_like(self.codes)
@@ -133,29 +133,31 @@ class OscillationTracker:
         self.average = codes.float() if freezes else None
         self.frozen = torch.zeros_like(codes, dtype=torch.bool) if freezes else None
 
-    def update(self, codes: Tensor, threshold: float = math.inf) -> None:
-        """Take note of the codes after a step.
+    def update(self, codes: Tensor, threshold: float = math.inf) -> bool:
+        """Take note of the codes after a step, and return whether weights may have been frozen.
 
-        Weights whose frequency is now above the threshold are frozen, where they have been most.
+        That is those whose frequency is now above the threshold, where they have been most.
         """
         found = codes.to(torch.int8)
         oscillated, direction = oscillation(found, self.codes, self.direction)
         self.codes.copy_(found)
         self.direction.copy_(direction)
         self.frequency.mul_(1 - self.momentum).add_(oscillated.float(), alpha=self.momentum)
-        if self.average is not None:
-            self.average.lerp_(codes, self.momentum)
-            self._freeze(threshold)
+        if self.average is None:
+            return False
+        self.average.lerp_(codes, self.momentum)
+        return self._freeze(threshold)
 
-    def _freeze(self, threshold: float) -> None:
+    def _freeze(self, threshold: float) -> bool:
         assert self.frozen is not None
         assert self.average is not None
         # Looking first is quicker, but on another device would mean waiting for it.
         if self.frequency.device.type == "cpu" and float(self.frequency.max()) <= threshold:
-            return
+            return False
         new = (self.frequency > threshold) & ~self.frozen
         self.codes.copy_(torch.where(new, self.average.round().to(torch.int8), self.codes))
         self.frozen.logical_or_(new)
+        return True
 
     def step(
         self, weight: Tensor, scale: Tensor, spec: QuantSpec, threshold: float = math.inf
@@ -165,16 +167,15 @@ class OscillationTracker:
         Frozen weights are set to their codes times the scale, which may be one that learns.
         """
         for part, piece, steps in _parts(self, weight, scale, spec.axis):
-            # Twice: what an optimizer's momentum moved, and what is newly frozen.
-            part._hold(piece, steps)
-            part.update(encode(piece.float(), steps, spec.qmin, spec.qmax), threshold)
-            part._hold(piece, steps)
+            part._hold(piece, steps)  # momentum, decay and a learned scale move them
+            if part.update(encode(piece.float(), steps, spec.qmin, spec.qmax), threshold):
+                part._hold(piece, steps)
 
     def follow(self, layer: QuantLayer, threshold: float = math.inf) -> None:
         """Do a ``step`` with the weight of a layer, where it is pruned with what is left of it."""
         latent, weight, mask = latent_weight(layer), masked_weight(layer), weight_mask(layer)
         assert latent is not None
-        self.step(weight, weight_scale(layer), layer.weight_quantizer.spec, threshold)
+        self.step(weight, weight_scale(layer), layer.weight_quantizer.grid, threshold)
         if self.frozen is not None and mask is not None:
             latent.copy_(torch.where(mask != 0, weight, latent))
 

@@ -12,7 +12,8 @@ from lq.functional import encode
 from lq.latent import latent_layers, latent_weight, masked_weight, weight_mask, weight_scale
 from lq.layers import QuantLayer
 from lq.oscillation import OSCILLATING, OscillationTracker, dampening_gradient
-from lq.quantizer import Mode, Quantizer
+from lq.quantizer import Mode
+from lq.spec import QuantSpec
 
 
 class Stabilizer:
@@ -50,9 +51,9 @@ class Stabilizer:
 
     @property
     def has_layers(self) -> bool:
-        """Whether any layer has weights of so few bits now."""
-        layers = self._layers.values()
-        return any(is_low_bit(layer.weight_quantizer, self.max_bits) for layer in layers)
+        """Whether any layer has weights of so few bits in the end."""
+        specs = [layer.weight_quantizer.spec for layer in self._layers.values()]
+        return any(is_low_bit(spec, self.max_bits) for spec in specs)
 
     def step(self, parameters: Iterable[Tensor], threshold: float) -> None:
         """Take note of these parameters after an optimizer's step, and hold what is frozen.
@@ -124,14 +125,14 @@ class Stabilizer:
             name: layer
             for name, layer in self._layers.items()
             if id(latent_weight(layer)) in present
-            and is_low_bit(layer.weight_quantizer, self.max_bits)
+            and is_low_bit(layer.weight_quantizer.grid, self.max_bits)
             and layer.weight_quantizer.mode is Mode.QUANTIZE
             and layer.weight_quantizer.is_calibrated
         }
 
     def _tracker(self, name: str, layer: QuantLayer) -> OscillationTracker:
         """Return a layer's tracker: a new one where its weights have another format now."""
-        weight, scale, spec = masked_weight(layer), weight_scale(layer), layer.weight_quantizer.spec
+        weight, scale, spec = masked_weight(layer), weight_scale(layer), layer.weight_quantizer.grid
         if self._formats.get(name) != spec.format:
             codes = encode(weight.float(), scale, spec.qmin, spec.qmax, spec.axis)
             self._trackers[name] = OscillationTracker(codes, self.momentum, self.freezes)
@@ -141,7 +142,7 @@ class Stabilizer:
 
 def _dampening(layer: QuantLayer) -> Tensor:
     """Return the gradient of the dampening loss with respect to a layer's latent weight."""
-    spec, mask = layer.weight_quantizer.spec, weight_mask(layer)
+    spec, mask = layer.weight_quantizer.grid, weight_mask(layer)
     weight, scale = masked_weight(layer), weight_scale(layer)
     gradient = dampening_gradient(weight, scale, spec.qmin, spec.qmax, spec.axis)
     return gradient if mask is None else gradient * mask
@@ -151,13 +152,11 @@ def _says(freezes: bool) -> str:
     return "freezes weights" if freezes else "freezes none"
 
 
-def is_low_bit(quantizer: Quantizer, max_bits: int) -> bool:
-    """Return whether a quantizer rounds to integers of at most so many bits.
+def is_low_bit(spec: QuantSpec, max_bits: int) -> bool:
+    """Return whether a spec has integers of at most so many bits.
 
     Example:
-        >>> from lq import QuantSpec
-        >>> is_low_bit(Quantizer(QuantSpec("int4")), 4), is_low_bit(Quantizer(QuantSpec("int8")), 4)
+        >>> is_low_bit(QuantSpec("int4"), 4), is_low_bit(QuantSpec("int8"), 4)
         (True, False)
     """
-    spec = quantizer.spec
     return spec.format.startswith("int") and spec.number_format.bits <= max_bits

@@ -46,6 +46,32 @@ def config(**changes):
     return ["--config", "config.yaml"]
 
 
+def test_distillation_and_oscillation_control(capsys):
+    callbacks = [
+        {
+            "class_path": "lq.callbacks.QuantizationAwareTraining",
+            "init_args": {"recipe": {"weights": "int4"}, "calibration_batches": 1},
+        },
+        {
+            "class_path": "lq.callbacks.Distillation",
+            "init_args": {"teacher": "self", "temperature": 2.0, "features": ["2", "5"]},
+        },
+        {"class_path": "lq.callbacks.OscillationControl", "init_args": {"method": "dampen"}},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"dirpath": "ckpt", "save_last": True, "save_top_k": 0},
+        },
+    ]
+    settings = config(trainer__callbacks=callbacks, model__recipe={"weights": "int4"})
+    cli.main(["fit", *settings])
+    cli.main(["fit", *settings, "--ckpt_path=ckpt/last.ckpt", "--trainer.max_epochs=2"])
+    cli.main(["test", *settings, "--ckpt_path=ckpt/last.ckpt"])
+    assert "test/top1" in capsys.readouterr().out
+    states = torch.load("ckpt/last.ckpt", weights_only=True)["callbacks"]
+    (state,) = [v for k, v in states.items() if k.startswith("OscillationControl")]
+    assert state["trackers"]["0"]["codes"].dtype is torch.int8
+
+
 def test_fit_test_predict_export(capsys):
     settings = config()
     cli.main(["fit", *settings])

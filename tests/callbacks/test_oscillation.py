@@ -1,7 +1,5 @@
 """Control of oscillating weights in a fit, against the same training by hand."""
 
-import warnings
-
 import lightning as L
 import pytest
 import torch
@@ -16,6 +14,8 @@ from lq.oscillation import annealed, dampening_loss
 from tests.lit import trainer
 from tests.test_oscillation import ByHand
 
+LEARNED = {"format": "int3", "range": "lsq"}
+
 
 def slow_scales(module):
     """Parameter groups in which scales learn slowly enough to stay positive."""
@@ -28,11 +28,10 @@ def slow_scales(module):
 class Toy(L.LightningModule):
     """The regression of section 2.2, whose weights oscillate."""
 
-    def __init__(self, learn_scale=False):
+    def __init__(self, weights="int3"):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Linear(8, 6, bias=False)
-        weights = {"format": "int3", "learn_scale": learn_scale}
         lq.quantize(self.net, {"weights": weights, "inputs": "fp32"})
         lq.calibrate(self.net, [torch.rand(1, 8)], progress=False)
 
@@ -123,8 +122,8 @@ def test_frozen_weights_stay_at_their_code_with_a_learned_scale(tmp_path):
             seen.append((frozen, tracker.codes.clone(), scale.clone()))
 
     callback = OscillationControl(**FREEZE, module="net")
-    trainer(tmp_path, [callback, Watch()], max_epochs=6).fit(Toy(learn_scale=True), toy_data())
-    (frozen, codes, scale), (still, last, moved) = seen[40], seen[-1]
+    trainer(tmp_path, [callback, Watch()], max_epochs=6).fit(Toy(LEARNED), toy_data())
+    (frozen, codes, scale), (still, last, moved) = seen[50], seen[-1]
     assert frozen.any()
     assert still[frozen].all()
     assert torch.equal(codes[frozen], last[frozen])
@@ -204,9 +203,7 @@ class Crash(L.Callback):
 def qat_fit(
     folder, ckpt_path=None, crash=None, method="freeze", first=False, extra=(), extra_first=False
 ):
-    qat = QuantizationAwareTraining(
-        {"weights": {"format": "int3", "learn_scale": True}}, calibration_batches=3
-    )
+    qat = QuantizationAwareTraining({"weights": LEARNED}, calibration_batches=3)
     momentum, limits = 0.03, {"threshold": 0.07, "final_threshold": 0.06}
     control = OscillationControl(method, momentum=momentum, dampening=0.1, **limits)
     callbacks = [control, qat] if first else [qat, control]
@@ -257,27 +254,47 @@ def test_resume_with_another_method_is_refused(tmp_path):
 
 @pytest.mark.parametrize("pruning_first", [False, True])
 def test_pruned_weights_stay_zero(tmp_path, pruning_first):
-    pruning = ModelPruning("l1_unstructured", amount=0.4, use_lottery_ticket_hypothesis=False)
+    pruning = ModelPruning("l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis=False)
     _, module, control = qat_fit(tmp_path, extra=[pruning], extra_first=pruning_first)
+    frozen_and_there = 0
     for name in ("net.0", "net.2"):
         layer = module.get_submodule(name)
         assert (layer.weight == 0).float().mean() > 0.3
         frozen = control._stabilizer._trackers[name].frozen
         rest = frozen & (layer.weight != 0)
-        assert rest.any()
+        frozen_and_there += int(rest.sum())
         quantized = layer.weight_quantizer(layer.weight).detach()
         assert (quantized[layer.weight == 0] == 0).all()
-        torch.testing.assert_close(quantized[rest], layer.weight.detach()[rest], rtol=0, atol=0)
+        assert torch.equal(quantized[rest], layer.weight.detach()[rest])
+    assert frozen_and_there > 0
 
 
-def test_nothing_to_control_is_said(tmp_path):
+def test_nothing_to_control_is_refused(tmp_path):
     callbacks = [QuantizationAwareTraining(), OscillationControl()]
-    run = trainer(tmp_path, callbacks, max_epochs=1)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        run.fit(Net(), toy_data())
-    assert any("at most `max_bits`, 4, bits" in str(warning.message) for warning in said)
-    assert "oscillation/share" not in run.callback_metrics
+    with pytest.raises(ValueError, match="at most `max_bits`, 4, bits"):
+        trainer(tmp_path, callbacks, max_epochs=1).fit(Net(), toy_data())
+
+
+def test_progressive_bits_are_controlled_once_they_are_few(tmp_path):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append((control._stabilizer._formats.get("net.0"), control._stabilizer.shares()))
+            for name, tracker in control._stabilizer._trackers.items():
+                layer = pl_module.get_submodule(name)
+                weight, frozen = layer.weight.detach(), tracker.frozen
+                assert torch.equal(layer.weight_quantizer(weight)[frozen], weight[frozen])
+
+    qat = QuantizationAwareTraining(
+        {"weights": LEARNED}, calibration_batches=3, progressive_bits={0: 8, 2: 4, 6: 3}
+    )
+    limits = {"momentum": 0.03, "threshold": 0.07, "final_threshold": 0.06}
+    control = OscillationControl("freeze", **limits)
+    trainer(tmp_path, [qat, control, Watch()], max_epochs=12).fit(Net(), toy_data())
+    formats = [name for name, _ in seen]
+    assert formats == [None] * 2 + ["int4"] * 4 + ["int3"] * 6
+    assert seen[-1][1]["frozen"] > 0
 
 
 @pytest.mark.parametrize(
