@@ -44,6 +44,8 @@ class Row:
         precision: Lightning's.
         published: What the literature reports, if anything.
         start: Row of the same recipe whose result this one goes on training, if any.
+        freeze_batchnorm: Whether BatchNorm keeps its statistics, as few images must not change
+            them, and where they are folded into the weights already.
     """
 
     case: str
@@ -55,6 +57,7 @@ class Row:
     precision: str = "32-true"
     published: str = ""
     start: str | None = None
+    freeze_batchnorm: bool = False
 
 
 APOT = "APoT (Li et al. 2020): {} % from 92.96 % float, 300 epochs"
@@ -79,8 +82,12 @@ ROWS = {
         start="resnet20-w2a2",
     ),
     "mobilenet_v2_cifar-w8a8": Row("mobilenet_v2_cifar", "tensorrt_int8", 1, 2e-3, images=12_800),
-    "mobilenet_v2_imagenet-w8a8": Row("mobilenet_v2_imagenet", "tensorrt_int8", 3, 1e-4, 16),
-    "efficientnet_lite0-w8a8": Row("efficientnet_lite0", "tensorrt_int8", 3, 1e-4, 16),
+    "mobilenet_v2_imagenet-w8a8": Row(
+        "mobilenet_v2_imagenet", "tensorrt_int8", 3, 1e-4, 16, freeze_batchnorm=True
+    ),
+    "efficientnet_lite0-w8a8": Row(
+        "efficientnet_lite0", "tensorrt_int8", 3, 1e-4, 16, freeze_batchnorm=True
+    ),
 }
 
 
@@ -184,7 +191,11 @@ def qat(
         enable_model_summary=False,
         callbacks=[
             QuantizationAwareTraining(
-                row.recipe, "model", "mse", calibration_batches=max(1, CALIBRATION // row.batch)
+                row.recipe,
+                "model",
+                "mse",
+                calibration_batches=max(1, CALIBRATION // row.batch),
+                freeze_batchnorm_epoch=0 if row.freeze_batchnorm else None,
             ),
             Distillation(reference, temperature=4.0, module="model"),
             clock,
