@@ -88,7 +88,7 @@ def prepared(path: Path, folder: Path) -> list[str]:
     return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
 
 
-@pytest.mark.parametrize("path", configs("float", "ptq", "qat"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", configs("float", "ptq", "qat", "lowbit"), ids=lambda p: p.stem)
 def test_config(path: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepared(path, tmp_path)
@@ -99,11 +99,14 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
         "float": {"last.ckpt", "best.ckpt"},
         "ptq": {"last.ckpt", *exported},
         "qat": {"last.ckpt", "best.ckpt", *exported},
+        "lowbit": {"last.ckpt", "best.ckpt"},
     }
     assert expected[path.stem.rsplit("_", 1)[1]] <= produced
 
 
-@pytest.mark.parametrize("path", configs("float", "qat", "quickstart"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", configs("float", "qat", "lowbit", "quickstart"), ids=lambda p: p.stem
+)
 def test_crashed_fit_resumes_from_its_last_epoch(path: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepared(path, tmp_path)
