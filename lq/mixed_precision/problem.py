@@ -1,0 +1,138 @@
+"""The choice of a format for every unit, as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lq.costs import QUANTITIES, Costs
+from lq.mixed_precision.constraints import FORMATS_IN_PLAY, PrecisionConstraints
+from lq.sensitivity import Sensitivity
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One format for each unit, and what each choice costs.
+
+    Attributes:
+        units: Name of each unit.
+        formats: Format of each choice.
+        unit_of: Index of the unit of each choice, ascending.
+        values: Quantity -> its value for each choice: ``score``, ``drop``, and what the costs give.
+        fixed: Quantity -> its value for all that is no unit.
+    """
+
+    units: tuple[str, ...]
+    formats: tuple[str, ...]
+    unit_of: Array
+    values: dict[str, Array]
+    fixed: dict[str, float]
+
+    def total(self, quantity: str, chosen: Sequence[int] | Array) -> float:
+        """Return a quantity of a whole plan, given the index of each unit's choice."""
+        return self.fixed[quantity] + math.fsum(self.values[quantity][np.asarray(chosen)])
+
+    def choices(self, unit: int) -> Array:
+        """Return the indices of a unit's choices."""
+        return np.flatnonzero(self.unit_of == unit)
+
+    def plan(self, chosen: Sequence[int] | Array) -> dict[str, str]:
+        """Return unit -> format of a whole plan."""
+        return {self.units[self.unit_of[i]]: self.formats[i] for i in chosen}
+
+
+def build_problem(
+    sensitivity: Sensitivity,
+    constraints: PrecisionConstraints,
+    costs: Costs | None,
+    corrections: Mapping[tuple[str, str], float] | None = None,
+) -> Problem:
+    """Return the problem that sensitivities, constraints and costs pose.
+
+    Args:
+        sensitivity: What a sweep found.
+        constraints: Which formats units may have.
+        costs: What layers cost; without them there are scores and drops alone.
+        corrections: Unit and format -> accuracy drop to add, by what was measured of plans.
+    """
+    constraints.check_pins([*sensitivity.units, *(n for u in sensitivity.units.values() for n in u)])
+    pairs = [
+        (index, format)
+        for index, unit in enumerate(sensitivity.units)
+        for format in _formats(sensitivity, constraints, unit)
+    ]
+    units = tuple(sensitivity.units)
+    score = np.array([max(sensitivity.score(units[i], f), 0.0) for i, f in pairs])
+    drop = accuracy_per_score(sensitivity) * score
+    drop = drop + [(corrections or {}).get((units[i], f), 0.0) for i, f in pairs]
+    values, fixed = {"score": score, "drop": drop}, {"score": 0.0, "drop": 0.0}
+    quantities = [q for q in QUANTITIES if q != "latency_ms" or (costs and costs.latency)]
+    for quantity in quantities if costs is not None else ():
+        assert costs is not None
+        values[quantity] = np.array(
+            [sum(costs.of(quantity, n, f) for n in sensitivity.units[units[i]]) for i, f in pairs]
+        )
+        swept = {name for layers in sensitivity.units.values() for name in layers}
+        unswept = [name for name in costs.layers if name not in swept]
+        fixed[quantity] = costs.rest(quantity) + sum(costs.of(quantity, n, "fp32") for n in unswept)
+    return Problem(
+        units, tuple(f for _, f in pairs), np.array([i for i, _ in pairs]), values, fixed
+    )
+
+
+def ties(problem: Problem, sensitivity: Sensitivity) -> Array:
+    """Return what decides between choices of equal score: the KL divergence, scaled to at most 1.
+
+    Accuracy counts samples, so that many layers share a score of none or one.
+    """
+    units = [problem.units[i] for i in problem.unit_of]
+    rows = zip(units, problem.formats, strict=True)
+    kl = np.array([0.0 if f == "fp32" else sensitivity.row(u, f).kl for u, f in rows])
+    kl = np.nan_to_num(np.maximum(kl, 0.0))
+    return kl / kl.sum() if kl.sum() > 0 else kl
+
+
+def accuracy_per_score(sensitivity: Sensitivity) -> float:
+    """Return the top-1 lost for one of the sweep's metric, over all its rows together.
+
+    ``sum(max(top1_drop, 0)) / sum(max(score, 0))``, and 1 where the sweep had no class numbers:
+    the score stands for the drop until a plan is measured.
+    """
+    if sensitivity.metric == "top1":
+        return 1.0
+    rows = [r for r in sensitivity if r.part == "both"]
+    drop = sum(max(r.top1_drop, 0.0) for r in rows)
+    score = sum(max(r.cost(sensitivity.metric), 0.0) for r in rows)
+    return drop / score if drop > 0 and score > 0 else 1.0
+
+
+def _formats(
+    sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str
+) -> tuple[str, ...]:
+    """Return the formats that a unit may have, the widest first."""
+    swept = ("fp32", *sensitivity.formats)
+    pinned = _pin(sensitivity, constraints, unit)
+    wanted = (pinned,) if pinned else constraints.formats or swept
+    for format in wanted:
+        if format not in swept:
+            raise ValueError(
+                f"Expected the sweep to hold every format of the plan, but {format!r} is not among "
+                f"{', '.join(swept)}; sweep with formats=[..., {format!r}]."
+            )
+    return tuple(f for f in FORMATS_IN_PLAY if f in wanted)
+
+
+def _pin(sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str) -> str | None:
+    whole = constraints.pin(unit)
+    pins = {constraints.pin(layer) for layer in sensitivity.units[unit]} if whole is None else {whole}
+    if len(pins) > 1:
+        raise ValueError(
+            f"Expected one pinned format for all layers of unit {unit!r}, but got "
+            f"{', '.join(sorted(str(pin) for pin in pins))}; pin the unit, or sweep layer by layer."
+        )
+    return pins.pop()
