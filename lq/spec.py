@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +16,7 @@ import yaml
 from torch import nn
 
 from lq.files import written_whole
-from lq.formats import FORMATS, Format, check_format
+from lq.formats import FORMATS, WEIGHTS_ONLY, Format, check_format, layer_formats
 from lq.functional import FP8_MAX
 from lq.gemm import is_small
 from lq.messages import check_keys, suggest
@@ -336,7 +338,10 @@ class Recipe:
         """Return the recipe that a mapping of plain values describes."""
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
-        check_keys(values, [f.name for f in dataclasses.fields(cls)], "the recipe")
+        check_keys(values, [*(f.name for f in dataclasses.fields(cls)), "plan"], "the recipe")
+        if values.get("plan") is not None:
+            rest = {key: value for key, value in values.items() if key != "plan"}
+            return cls.from_plan(values["plan"], rest)
         rules = values.get("rules") or ()
         if not isinstance(rules, (list, tuple)):
             raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
@@ -349,6 +354,42 @@ class Recipe:
             unsigned=values.get("unsigned", False),
             pooling=values.get("pooling", False),
         )
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: Mapping[str, str],
+        base: Recipe | str | Path | Mapping[str, Any] = "tensorrt_int8",
+    ) -> Recipe:
+        """Return the recipe that gives each layer of a plan its format, and all else `base`'s.
+
+        Where the plan has no layer in the format of `base`'s inputs, what is left to `base`, such
+        as additions, takes the commonest format that is quantized.
+
+        Args:
+            plan: Layer's qualified name -> format, ``weights/inputs``, or ``int4`` for weights
+                alone.
+            base: What additions, pooling, and layers not in the plan get.
+
+        Raises:
+            ValueError: If the plan is no such mapping.
+
+        Example:
+            >>> recipe = Recipe.from_plan({"conv": "int8", "fc": "int4"})
+            >>> spec = recipe.layer_spec("fc", nn.Linear(64, 10))
+            >>> spec.weights.format, spec.inputs.format
+            ('int4', 'fp32')
+        """
+        if not isinstance(plan, Mapping):
+            raise ValueError(f"Expected `plan` to map layers to formats, but got {plan!r}.")
+        base = cls.parse(base)
+        rules = tuple(_plan_rule(name, format, base) for name, format in plan.items())
+        scaled = Counter(f for f in plan.values() if f in FORMATS and FORMATS[f].needs_scale)
+        common = [f for f, _ in scaled.most_common() if f not in WEIGHTS_ONLY]
+        if common and base.inputs.format not in common:
+            spec = Rule(name="*", format=common[0]).apply(LayerSpec(base.weights, base.inputs))
+            base = dataclasses.replace(base, weights=spec.weights, inputs=spec.inputs)
+        return dataclasses.replace(base, rules=(*base.rules, *rules))
 
     def to_json(self) -> str:
         """Return the recipe as one line of JSON, as checkpoints carry it."""
@@ -390,6 +431,22 @@ class Recipe:
             f"Expected `recipe` to be a preset or the path of a YAML file, but got {str(value)!r}; "
             f"{suggest(value, PRESETS)}"
         )
+
+
+def _plan_rule(name: Any, format: Any, base: Recipe) -> Rule:
+    if not isinstance(format, str):
+        raise ValueError(
+            f"Expected a plan to give layer {str(name)!r} a format, but got {format!r}."
+        )
+    weights, inputs = layer_formats(format)
+    name = glob.escape(str(name))  # YAML reads the layers of nn.Sequential as numbers
+    if weights == inputs:
+        return Rule(name=name, format=weights)
+    return Rule(
+        name=name,
+        weights=dataclasses.replace(base.weights, format=weights),
+        inputs=dataclasses.replace(base.inputs, format=inputs),
+    )
 
 
 def _parse_rule(values: Any, index: int) -> Rule:
