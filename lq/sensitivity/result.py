@@ -13,56 +13,10 @@ from typing import Any
 
 from lq.files import written_whole
 from lq.messages import suggest
+from lq.sensitivity.measures import PARTS, Measures
+from lq.sensitivity.plain import csv_line, measures_from, to_plain
 
 VERSION = 1
-METRICS = {
-    "top1": "top1_drop",
-    "top5": "top5_drop",
-    "loss": "loss_increase",
-    "kl": "kl",
-    "sqnr": "sqnr_db",
-}
-"""Names of metrics, and the attribute of ``Measures`` that each is."""
-PARTS = ("both", "weights", "inputs")
-"""What of a layer is quantized."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """How far a changed model is from the float one, on the same samples.
-
-    Attributes:
-        top1_drop: Top-1 of the float model less that of the changed one, as a fraction.
-        top5_drop: The same for top-5.
-        loss_increase: Cross-entropy of the changed model less that of the float one, in nats.
-        kl: ``KL(float || changed)`` of the outputs' softmax, in nats.
-        sqnr_db: ``10 log10(sum(float^2) / sum((float - changed)^2))`` of the outputs.
-        intervals: Metric -> lower and upper end of its 95% bootstrap interval.
-
-    What could not be measured is NaN: the first three, where batches have no class numbers.
-    """
-
-    top1_drop: float = math.nan
-    top5_drop: float = math.nan
-    loss_increase: float = math.nan
-    kl: float = math.nan
-    sqnr_db: float = math.nan
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    def value(self, metric: str) -> float:
-        """Return one measure by the name of its metric."""
-        check_metric(metric)
-        return float(getattr(self, METRICS[metric]))
-
-    def cost(self, metric: str) -> float:
-        """Return one measure as a cost that adds up over units: of the SQNR, its ``noise/signal``.
-
-        Example:
-            >>> Measures(sqnr_db=20.0).cost("sqnr")
-            0.01
-        """
-        value = self.value(metric)
-        return math.pow(10, -value / 10) if metric == "sqnr" else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +31,8 @@ class LayerSensitivity(Measures):
         low: Lower end of the interval of the sweep's metric.
         high: Upper end.
         noise: Whether the sweep's metric shows no difference to float: its interval has 0 in it.
-        left_float: The same measures when only this unit is left float and all else is in the
-            format; ``None`` where that was not asked for.
+        left_float: The same measures, against the float model too, when only this unit is left
+            float and all else is in the format; ``None`` where that was not asked for.
     """
 
     layer: str
@@ -99,14 +53,16 @@ class Sensitivity:
         found: One row for each unit, format and part, in the order of the model.
         units: Name of a unit -> the layers in it.
         formats: The formats.
-        method: ``exact``, ``gradient`` or ``adaptive``; only ``exact`` and ``adaptive`` measure.
+        method: ``exact``, ``gradient`` (an estimate) or ``adaptive``.
         metric: What units are ranked by.
         n: Samples that were looked at.
+        top1: Top-1 of the float model; NaN where batches have no class numbers.
         recipe: The recipe that formats were put into, as plain values.
         whole: Format -> measures with all units in that format, where that was asked for.
         model_hash: Hash of the float model.
         data_hash: Hash of the batches.
-        passes: Work done, in forward passes of the float model over all samples.
+        passes: Work done, in forward passes of the float model over all samples, by
+            multiply-accumulates.
         fallback: Why whole passes were run instead of replays; empty where they were not.
 
     Example:
@@ -123,6 +79,7 @@ class Sensitivity:
     method: str
     metric: str
     n: int
+    top1: float = math.nan
     recipe: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, Measures] = field(default_factory=dict)
     model_hash: str = ""
@@ -168,7 +125,7 @@ class Sensitivity:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file that ``from_json`` reads back."""
-        plain = {"version": VERSION, **_plain(dataclasses.asdict(self))}
+        plain = {"version": VERSION, **to_plain(dataclasses.asdict(self))}
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
@@ -187,11 +144,12 @@ class Sensitivity:
             plain = json.loads(path.read_text(encoding="utf-8"))
             if plain.pop("version") != VERSION:
                 raise ValueError(f"its version is not {VERSION}")
-            plain["found"] = [_row(row) for row in plain["found"]]
+            plain["found"] = [measures_from(row, LayerSensitivity) for row in plain["found"]]
             plain["units"] = {name: tuple(layers) for name, layers in plain["units"].items()}
             plain["formats"] = tuple(plain["formats"])
-            plain["whole"] = {name: _measures(values) for name, values in plain["whole"].items()}
-            return cls(**{**plain, "passes": _number(plain["passes"])})
+            plain["whole"] = {k: measures_from(v, Measures) for k, v in plain["whole"].items()}
+            numbers = {name: float(plain[name]) for name in ("top1", "passes")}
+            return cls(**{**plain, **numbers})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Expected {str(path)!r} to hold a sweep that lq saved, but it cannot be read: "
@@ -199,17 +157,18 @@ class Sensitivity:
             ) from None
 
     def to_csv(self, path: str | Path) -> None:
-        """Write one line for each unit, format and part, with the hashes in each."""
-        lines = [_csv_row(row) | self._hashes() for row in self.found]
+        """Write one line for each unit, format and part, with recipe and hashes in each."""
+        recipe = json.dumps(to_plain(self.recipe), sort_keys=True)
+        hashes = {"model_hash": self.model_hash, "data_hash": self.data_hash, "recipe": recipe}
+        lines = [csv_line(row) | hashes for row in self.found]
         names = list(dict.fromkeys(name for line in lines for name in line))
-        with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        with (
+            written_whole(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             writer.writerows(lines)
-
-    def _hashes(self) -> dict[str, str]:
-        recipe = json.dumps(_plain(dict(self.recipe)), sort_keys=True)
-        return {"model_hash": self.model_hash, "data_hash": self.data_hash, "recipe": recipe}
 
     def table(self, rows: int | None = None) -> str:
         """Return the most sensitive units as text, format by format.
@@ -219,7 +178,7 @@ class Sensitivity:
             ...                        loss_increase=0.1, sqnr_db=21.0, low=0.002, high=0.021)
             >>> print(Sensitivity(found=[row], units={"fc": ("fc",)}, formats=("int8",),
             ...                   method="exact", metric="top1", n=500).table())
-            unit  format  part  top-1 drop  top-5 drop    loss       kl  SQNR dB  95% of top1
+            unit  format  part  top-1 drop  top-5 drop     loss       kl  SQNR dB  95% of top1
             fc    int8    both      +1.20%           -  +0.1000  0.02000     21.0  0.002 .. 0.021
         """
         header = ["unit", "format", "part", "top-1 drop", "top-5 drop", "loss", "kl", "SQNR dB"]
@@ -238,15 +197,6 @@ class Sensitivity:
         )
 
 
-def check_metric(metric: str) -> None:
-    """Raise a ``ValueError`` with the nearest spelling unless `metric` is one."""
-    if metric not in METRICS:
-        raise ValueError(
-            f"Expected `metric` to be of {', '.join(METRICS)}, but got {metric!r}; "
-            f"{suggest(metric, METRICS)}"
-        )
-
-
 def _cells(row: LayerSensitivity) -> list[str]:
     shown = [
         _shown(row.top1_drop, "+.2%"),
@@ -261,43 +211,3 @@ def _cells(row: LayerSensitivity) -> list[str]:
 
 def _shown(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _csv_row(row: LayerSensitivity) -> dict[str, Any]:
-    plain = dataclasses.asdict(row)
-    left = plain.pop("left_float") or {}
-    intervals = plain.pop("intervals")
-    ends = {
-        f"{m}_{end}": v[i] for m, v in intervals.items() for i, end in enumerate(("low", "high"))
-    }
-    others = {f"left_float_{k}": v for k, v in left.items() if k != "intervals"}
-    first = {name: plain.pop(name) for name in ("layer", "format", "part", "n")}
-    return first | plain | ends | others
-
-
-def _plain(value: Any) -> Any:
-    """Return values as strict JSON has them: numbers that are not finite as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
-
-
-def _measures(values: Mapping[str, Any], cls: type[Measures] = Measures) -> Any:
-    kept = dict(values)
-    intervals = {m: (_number(a), _number(b)) for m, (a, b) in kept.pop("intervals").items()}
-    names = ("layer", "format", "part", "left_float", "noise", "n")
-    return cls(**{k: v if k in names else _number(v) for k, v in kept.items()}, intervals=intervals)
-
-
-def _row(values: Mapping[str, Any]) -> LayerSensitivity:
-    left = values["left_float"]
-    row: LayerSensitivity = _measures(
-        {**values, "left_float": None if left is None else _measures(left)}, LayerSensitivity
-    )
-    return row
