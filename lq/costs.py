@@ -63,6 +63,7 @@ class Costs:
         rest_mb: Size of the parameters that are no layer's, in float32, such as BatchNorm's.
         latency: Layer -> format -> measured milliseconds for one sample; empty if not measured.
         rest_ms: Measured milliseconds of all that is no layer.
+        engine: What measured the time: ``onnxruntime`` or ``tensorrt``; empty if not measured.
         hardware: What the time was measured on.
     """
 
@@ -70,6 +71,7 @@ class Costs:
     rest_mb: float
     latency: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rest_ms: float = 0.0
+    engine: str = ""
     hardware: str = ""
 
     def of(self, quantity: str, layer: str, format: str) -> float:

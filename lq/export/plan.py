@@ -46,11 +46,8 @@ def read_layers(model: ir.Model) -> dict[str, str]:
     """
     found, plan = read_plan(model), dict[str, str]()
     for node in (n for n in model.graph if n.op_type in WEIGHTED):
-        stored = _stored(node.inputs[1])
-        if stored is None:
-            continue
-        layer, format = _layer_name(node, stored), found[str(node.name)]
-        if plan.setdefault(layer, format) != format:
+        layer, format = layer_of(node), found[str(node.name)]
+        if layer is not None and plan.setdefault(layer, format) != format:
             raise ValueError(
                 f"Expected layer {layer!r} to have one format, but its calls have {plan[layer]} "
                 f"and {format}."
@@ -58,18 +55,24 @@ def read_layers(model: ir.Model) -> dict[str, str]:
     return plan
 
 
+def layer_of(node: ir.Node) -> str | None:
+    """Return the layer that a product belongs to, ``None`` for one of two activations.
+
+    A float attention multiplies by the weight of its output projection itself.
+    """
+    weight = _stored(node.inputs[1])
+    if weight is None:
+        return None
+    layer = str(node.name).partition("@")[0]
+    owner = str(weight.name).rpartition(".weight")[0]
+    return owner if owner.startswith(f"{layer}.") else layer
+
+
 def _stored(value: ir.Value | None) -> ir.Value | None:
     """Return the constant that a weight comes from, ``None`` where it is computed."""
     while (move := producer(value, "Transpose", "Reshape", "Cast", "DequantizeLinear")) is not None:
         value = move.inputs[0]
     return value if constant(value) is not None else None
-
-
-def _layer_name(node: ir.Node, weight: ir.Value) -> str:
-    """Return the layer of a node: a float attention multiplies by its output projection itself."""
-    layer = str(node.name).partition("@")[0]
-    owner = str(weight.name).rpartition(".weight")[0]
-    return owner if owner.startswith(f"{layer}.") else layer
 
 
 def _format(value: ir.Value | None) -> str:
