@@ -1,0 +1,244 @@
+"""Run a model again, but only from the first module that changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lq.batches import tensors
+from lq.gemm import weight_of
+from lq.layers import is_quantizable
+from lq.sensitivity.recorded import forget, record
+
+Key = tuple[nn.Module, int]
+"""A module, and which of its calls in a pass."""
+
+
+class Departure(Exception):
+    """A replay that went another way than the recording did."""
+
+
+@dataclass
+class Call:
+    """One call of a module in a recorded pass.
+
+    Attributes:
+        key: Which.
+        end: How many calls had begun when it returned.
+        macs: Multiply-accumulates of all calls that began before it.
+        output: What it returned; a copy where that is changed in place later.
+        copied: Whether it is a copy, of which a replay must get a copy again.
+        known: Whether all of the output can be kept: tensors in tuples, lists and mappings.
+        versions: How often each tensor in it had been changed in place.
+    """
+
+    key: Key
+    macs: int
+    end: int = 0
+    output: Any = None
+    copied: bool = False
+    known: bool = False
+    versions: list[int] = field(default_factory=list)
+
+
+class Replay:
+    """Records a pass of a model module by module, and runs it again from where it changes.
+
+    What completed before the first changed module began has the same result again, so its
+    recording is given out, and the rest is computed. No tracing: a model may call modules several
+    times and in an order that depends on the data. What it may not do is draw random numbers, or
+    keep something from one pass to the next; ``lq.sensitivity.exact`` looks for that.
+
+    Args:
+        model: In eval mode; without gradients while it runs.
+
+    Attributes:
+        calls: Those of the recorded pass, in the order they began.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.calls: list[Call] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
+        self._fragile: set[Key] = set()
+        self._copy_inputs = True
+        self._recording = False
+        self._next, self._start = 0, 0
+        self._seen: Counter[nn.Module] = Counter()
+        self._macs = 0
+
+    def __enter__(self) -> Replay:
+        for module in self._modules.values():
+            record(module, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+        for module in self._modules.values():
+            forget(module)
+
+    def clear(self) -> None:
+        """Forget the recorded pass, and free its tensors."""
+        self.calls = []
+        self._seen.clear()
+        self._macs = 0
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model as it is now, keep what every module returns, and return the output.
+
+        A pass in which a kept tensor was changed in place is recorded again, with a copy of it.
+
+        Raises:
+            RuntimeError: If the model changes its inputs in place, and did not in its first pass.
+        """
+        while True:
+            self.clear()
+            given = self._given(args, kwargs)
+            before = _versions([*given])
+            output = self._recorded(*given)
+            if _versions([*given]) == before:
+                self._copy_inputs = False
+            elif not self._copy_inputs:
+                raise RuntimeError(
+                    "Expected a model that changes its inputs in place in every pass, or in none, "
+                    "but it does so in some; give it a copy."
+                )
+            if not self.spoilt():
+                return output
+
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._recording = True
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self._recording = False
+
+    def _given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the inputs of a run: a copy, unless they are known not to be changed."""
+        return (_copied(args), _copied(kwargs)) if self._copy_inputs else (args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the whole model, without looking at the recording."""
+        args, kwargs = self._given(args, kwargs)
+        return self.model(*args, **kwargs)
+
+    def start(self, changed: Iterable[str]) -> int:
+        """Return the number of the first recorded call that some changed modules may affect.
+
+        A module that was not called may be called when it has changed, so what is around it is
+        affected as a whole.
+        """
+        first: dict[str, int] = {}
+        for i, call in enumerate(self.calls):
+            first.setdefault(self._names[call.key[0]], i)
+        return min(_called(name, first) for name in changed)
+
+    def replay(self, changed: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model with some modules changed since the recording, and return the output.
+
+        Raises:
+            Departure: If the model goes another way before it reaches the first of them.
+        """
+        self._next, self._start = 0, self.start(changed)
+        try:
+            output = self.run(args, kwargs)
+        finally:
+            self._start = 0
+        return output
+
+    def spoilt(self) -> bool:
+        """Return whether a kept tensor was changed in place, which calls for a new recording."""
+        changed = {c.key for c in self.calls if not c.copied and _versions(c.output) != c.versions}
+        self._fragile |= changed
+        return bool(changed)
+
+    def call(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Stand between a module's call and its forward."""
+        if self._recording:
+            return self._record(module, forward, args, kwargs)
+        if self._next >= self._start:
+            return forward(*args, **kwargs)
+        call = self.calls[self._next]
+        if call.key[0] is not module:
+            raise Departure(f"{self._names[module]!r} ran before {self._names[call.key[0]]!r}")
+        if call.end > self._start or not call.known:
+            self._next += 1
+            return forward(*args, **kwargs)
+        self._next = call.end
+        return _copied(call.output) if call.copied else call.output
+
+    def _record(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        call = Call((module, self._seen[module]), self._macs)
+        self._seen[module] += 1
+        self.calls.append(call)
+        output = forward(*args, **kwargs)
+        call.end = len(self.calls)
+        call.known = _is_known(output)
+        found = tensors(output)
+        call.copied = call.key in self._fragile or any(t.is_inference() for t in found)
+        if call.known:
+            call.output = _copied(output) if call.copied else output
+        call.versions = [] if call.copied else _versions(call.output)
+        if is_quantizable(module) and found:
+            self._macs += _macs(module, args, found[0])
+        return output
+
+    def costs(self) -> tuple[list[int], int]:
+        """Return the multiply-accumulates from each recorded call on, and those of the pass."""
+        return [self._macs - call.macs for call in self.calls], self._macs
+
+
+def _called(name: str, first: Mapping[str, int]) -> int:
+    while name and name not in first:
+        name = name.rpartition(".")[0]
+    return first.get(name, 0)
+
+
+def _versions(output: Any) -> list[int]:
+    return [t._version for t in tensors(output) if not t.is_inference()]
+
+
+def _is_known(output: Any) -> bool:
+    if isinstance(output, Mapping):
+        return all(map(_is_known, output.values()))
+    if isinstance(output, (list, tuple)):
+        return all(map(_is_known, output))
+    return output is None or isinstance(output, (Tensor, bool, int, float, str))
+
+
+def _copied(output: Any) -> Any:
+    """Return a copy that shares no tensor; other values, which cannot change, as they are."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, Mapping):
+        copied: Any = {key: _copied(value) for key, value in output.items()}
+        return copied if type(output) is dict else type(output)(copied)
+    if isinstance(output, (list, tuple)):
+        parts = [_copied(value) for value in output]
+        named = hasattr(output, "_fields")  # a namedtuple takes its values one by one
+        return type(output)(*parts) if named else type(output)(parts)
+    return output
+
+
+def _macs(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> int:
+    """Return the multiply-accumulates of a layer's call: each number of its weight, each place."""
+    weight = weight_of(layer)
+    if weight is None:
+        return 0
+    if isinstance(layer, nn.MultiheadAttention):
+        # Three projections and the one behind them; the products of attention are left out.
+        return output.numel() // output.shape[-1] * weight.numel() * 4 // 3
+    transposed = getattr(layer, "transposed", False)
+    places = args[0] if transposed and args else output
+    return places.numel() // weight.shape[0] * weight.numel()
