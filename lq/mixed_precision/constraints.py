@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from lq.costs import Costs
-from lq.formats import FORMATS, check_format
+from lq.formats import layer_formats
 from lq.messages import suggest
 
 FORMATS_IN_PLAY = ("fp32", "bf16", "fp16", "fp8_e4m3", "int8", "int4")
-"""What a plan may give a layer; int4 to weights alone."""
+"""What a plan may give a layer; int4 to weights alone. Or two of them as ``weights/inputs``."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Limit:
         digit = 10.0 ** (math.floor(math.log10(value)) - 3)
         whole = math.floor(value / digit) if lower else math.ceil(value / digit * (1 - 1e-12))
         return whole * digit
+
+
+def keeps_to(limits: Iterable[Limit], values: Mapping[str, float]) -> bool:
+    """Return whether quantities are within all limits."""
+    return all(values[limit.quantity] <= limit.bound * (1 + 1e-9) for limit in limits)
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,9 @@ class PrecisionConstraints:
 
 
 def _check_in_play(format: str) -> None:
-    check_format(format)
-    if format not in FORMATS_IN_PLAY:
-        raise ValueError(
-            f"Expected a plan's format to be of {', '.join(FORMATS_IN_PLAY)}, but got {format!r}, "
-            f"which no engine runs with its {FORMATS[format].bits} bits."
-        )
+    for part in layer_formats(format):
+        if part not in FORMATS_IN_PLAY:
+            raise ValueError(
+                f"Expected a plan's format to be of {', '.join(FORMATS_IN_PLAY)}, but got "
+                f"{format!r}, which no engine runs."
+            )

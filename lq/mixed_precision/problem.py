@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lq.costs import QUANTITIES, Costs
-from lq.mixed_precision.constraints import FORMATS_IN_PLAY, PrecisionConstraints
+from lq.formats import FORMATS, layer_formats
+from lq.mixed_precision.constraints import PrecisionConstraints
 from lq.sensitivity import Sensitivity
 
 Array = np.ndarray
@@ -45,6 +46,11 @@ class Problem:
         """Return unit -> format of a whole plan."""
         return {self.units[self.unit_of[i]]: self.formats[i] for i in chosen}
 
+    def chosen(self, plan: Mapping[str, str]) -> Array:
+        """Return the choices of a plan: the reverse of ``plan``."""
+        pairs = zip((self.units[i] for i in self.unit_of), self.formats, strict=True)
+        return np.array([i for i, (unit, format) in enumerate(pairs) if plan[unit] == format])
+
 
 def build_problem(
     sensitivity: Sensitivity,
@@ -69,7 +75,7 @@ def build_problem(
     units = tuple(sensitivity.units)
     score = np.array([max(sensitivity.score(units[i], f), 0.0) for i, f in pairs])
     drop = accuracy_per_score(sensitivity) * score
-    drop = drop + [(corrections or {}).get((units[i], f), 0.0) for i, f in pairs]
+    drop = np.maximum(drop + [(corrections or {}).get((units[i], f), 0.0) for i, f in pairs], 0.0)
     values, fixed = {"score": score, "drop": drop}, {"score": 0.0, "drop": 0.0}
     quantities = [q for q in QUANTITIES if q != "latency_ms" or (costs and costs.latency)]
     for quantity in quantities if costs is not None else ():
@@ -100,15 +106,17 @@ def ties(problem: Problem, sensitivity: Sensitivity) -> Array:
 def accuracy_per_score(sensitivity: Sensitivity) -> float:
     """Return the top-1 lost for one of the sweep's metric, over all its rows together.
 
-    ``sum(max(top1_drop, 0)) / sum(max(score, 0))``, and 1 where the sweep had no class numbers:
-    the score stands for the drop until a plan is measured.
+    ``sum(top1_drop) / sum(max(score, 0))``, with one sample where none was lost; and 1 where the
+    sweep had no class numbers: the score stands for the drop until a plan is measured.
     """
     if sensitivity.metric == "top1":
         return 1.0
     rows = [r for r in sensitivity if r.part == "both"]
-    drop = sum(max(r.top1_drop, 0.0) for r in rows)
+    drop = sum(r.top1_drop for r in rows)
     score = sum(max(r.cost(sensitivity.metric), 0.0) for r in rows)
-    return drop / score if drop > 0 and score > 0 else 1.0
+    if math.isnan(drop) or not score > 0:
+        return 1.0
+    return max(drop, 1 / max(sensitivity.n, 1)) / score
 
 
 def _formats(
@@ -124,7 +132,11 @@ def _formats(
                 f"Expected the sweep to hold every format of the plan, but {format!r} is not among "
                 f"{', '.join(swept)}; sweep with formats=[..., {format!r}]."
             )
-    return tuple(f for f in FORMATS_IN_PLAY if f in wanted)
+    return tuple(sorted(dict.fromkeys(wanted), key=_bits, reverse=True))
+
+
+def _bits(format: str) -> int:
+    return sum(FORMATS[part].bits for part in layer_formats(format))
 
 
 def _pin(sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str) -> str | None:

@@ -58,7 +58,7 @@ class SearchedPlan(PrecisionPlan):
         formats: Mapping[str, str],
         units: Mapping[str, str],
         predicted: Prediction,
-        greedy: Prediction | None,
+        greedy: Prediction | None = None,
     ) -> None:
         super().__init__(formats)
         self.units, self.predicted, self.greedy = dict(units), predicted, greedy
@@ -113,14 +113,19 @@ def solve(
     sensitivity: Sensitivity,
     costs: Costs | None,
     minimize: str | None = None,
+    without: Sequence[SearchedPlan] = (),
 ) -> SearchedPlan:
-    """Return the best plan of a problem, checked against what a greedy search finds."""
+    """Return the best plan of a problem, checked against what a greedy search finds.
+
+    Plans in `without` are left out; what is then found is not checked.
+    """
     check_reachable(problem, limits)
-    wanted = minimize or _default(limits)
-    objective, tie = _objective(problem, wanted, sensitivity)
-    exact = solve_exactly(problem, objective, limits, tie)
-    greedy = solve_greedily(problem, objective, limits)
-    assert exact is not None  # the limits are reachable
+    objective, tie = _objective(problem, minimize or to_minimize(limits), sensitivity)
+    left_out = [problem.chosen(plan.units) for plan in without]
+    exact = solve_exactly(problem, objective, limits, tie, left_out)
+    if exact is None:
+        raise ValueError("Expected another plan that keeps to the limits, but there is none.")
+    greedy = None if without else solve_greedily(problem, objective, limits)
     if greedy is not None and objective[greedy].sum() < objective[exact].sum() * (1 - 1e-6):
         raise RuntimeError(
             "Expected the exact search to be at least as good as the greedy one, but its plan "
@@ -185,12 +190,16 @@ def check_reachable(problem: Problem, limits: Sequence[Limit]) -> None:
                 )
 
 
-def _default(limits: Sequence[Limit]) -> str:
+def to_minimize(limits: Sequence[Limit]) -> str:
+    """Return what is minimized unless told: the score, or where nothing else is limited the size."""
     return "score" if any(limit.quantity != "drop" for limit in limits) else "size_mb"
 
 
 def _objective(problem: Problem, wanted: str, sensitivity: Sensitivity) -> tuple[Array, Array]:
-    """Return what is minimized for each choice, and what decides ties."""
+    """Return what is minimized for each choice, and what decides ties.
+
+    The drop is the score in other terms, and with what was measured of plans.
+    """
     if wanted not in MINIMIZE:
         raise ValueError(
             f"Expected `minimize` to be of {', '.join(MINIMIZE)}, but got {wanted!r}; "
@@ -202,12 +211,12 @@ def _objective(problem: Problem, wanted: str, sensitivity: Sensitivity) -> tuple
             f"Expected `costs` where `{wanted}` is minimized, but got none; give {need}."
         )
     if wanted != "score":
-        return problem.values[wanted], problem.values["score"]
+        return problem.values[wanted], problem.values["drop"]
     by_size = problem.values.get("size_mb", np.zeros(len(problem.formats)))
     # Less than half of one sample, all units together.
     nearly = ties(problem, sensitivity) * 0.5 / max(sensitivity.n, 1)
     exact_counts = sensitivity.metric in ("top1", "top5")
-    return problem.values["score"] + nearly * exact_counts, by_size
+    return problem.values["drop"] + nearly * exact_counts, by_size
 
 
 def _searched(

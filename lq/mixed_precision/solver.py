@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lq.mixed_precision.constraints import Limit
+from lq.mixed_precision.constraints import keeps_to as within
 from lq.mixed_precision.problem import Array, Problem
 
 _TOLERANCE = 1e-9
@@ -17,7 +18,11 @@ ties is a millionth of what is minimized."""
 
 
 def solve_exactly(
-    problem: Problem, minimize: Array, limits: Iterable[Limit], tie: Array | None = None
+    problem: Problem,
+    minimize: Array,
+    limits: Iterable[Limit],
+    tie: Array | None = None,
+    without: Iterable[Array] = (),
 ) -> Array | None:
     """Return the best choice for every unit, by HiGHS's branch and bound; ``None`` without any.
 
@@ -29,13 +34,14 @@ def solve_exactly(
         minimize: What is minimized, for each choice.
         limits: What must be kept to.
         tie: What decides between choices equally good.
+        without: Choices that are not to be returned.
     """
     objective = _SCALE * _normalized(minimize)
     if tie is not None:
         objective = objective + _TIE * _normalized(tie)
     count, units = len(problem.formats), len(problem.units)
     member = (problem.unit_of == np.arange(units)[:, None]).astype(float)
-    rows = [LinearConstraint(member, 1, 1)]
+    rows, limits = [LinearConstraint(member, 1, 1)], list(limits)
     for limit in limits:
         left = limit.bound - problem.fixed[limit.quantity]
         if left < 0:
@@ -43,7 +49,7 @@ def solve_exactly(
         values = problem.values[limit.quantity]
         scale = max(left, float(values.max()), np.finfo(float).tiny)
         rows.append(LinearConstraint(values[None] / scale, ub=left / scale))
-    limits = list(limits)
+    rows += [_without(problem, chosen) for chosen in without]
     while True:
         found = milp(
             objective,
@@ -57,9 +63,14 @@ def solve_exactly(
         chosen = np.array([c[found.x[c].argmax()] for c in map(problem.choices, range(units))])
         if keeps_to(problem, chosen, limits):
             return chosen
-        taken = np.zeros(count)  # the solver's tolerance let it pass; look without it
-        taken[chosen] = 1
-        rows.append(LinearConstraint(taken[None], ub=units - 1))
+        rows.append(_without(problem, chosen))  # the solver's tolerance let it pass
+
+
+def _without(problem: Problem, chosen: Array) -> LinearConstraint:
+    """Return the constraint that at least one unit is chosen otherwise."""
+    taken = np.zeros(len(problem.formats))
+    taken[chosen] = 1
+    return LinearConstraint(taken[None], ub=len(problem.units) - 1)
 
 
 def solve_greedily(problem: Problem, minimize: Array, limits: Sequence[Limit]) -> Array | None:
@@ -91,10 +102,8 @@ def solve_greedily(problem: Problem, minimize: Array, limits: Sequence[Limit]) -
 
 def keeps_to(problem: Problem, chosen: Array, limits: Iterable[Limit]) -> bool:
     """Return whether a choice is within all limits."""
-    return all(
-        problem.total(limit.quantity, chosen) <= limit.bound * (1 + _TOLERANCE) + _TOLERANCE**2
-        for limit in limits
-    )
+    limits = list(limits)
+    return within(limits, {x.quantity: problem.total(x.quantity, chosen) for x in limits})
 
 
 def _normalized(values: Array) -> Array:
