@@ -106,9 +106,7 @@ def measure_latency(
     return _with_times(costs, known, engine, hardware)
 
 
-def _with_times(
-    costs: Costs, known: Mapping[str, Times], engine: str, hardware: str
-) -> Costs:
+def _with_times(costs: Costs, known: Mapping[str, Times], engine: str, hardware: str) -> Costs:
     latency = {n: {f: times.get(n, 0.0) for f, times in known.items()} for n in costs.layers}
     rest = known.get("fp32", {}).get("", 0.0)
     return dataclasses.replace(

@@ -69,7 +69,8 @@ class PrecisionPlan(Mapping[str, str]):
         Example:
             >>> import lq
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-            >>> dict(PrecisionPlan.of(lq.quantize(model, {"rules": [{"name": 1, "format": "skip"}]})))
+            >>> recipe = {"rules": [{"name": "1", "format": "skip"}]}
+            >>> dict(PrecisionPlan.of(lq.quantize(model, recipe)))
             {'0': 'int8', '1': 'fp32'}
         """
         if not isinstance(model, nn.Module):

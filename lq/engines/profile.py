@@ -88,9 +88,7 @@ def profile_tensorrt(
     return share_among_nodes(medians, EngineInfo.load(path).layers)
 
 
-def share_among_nodes(
-    times: Mapping[str, float], layers: Iterable[BuiltLayer]
-) -> dict[str, float]:
+def share_among_nodes(times: Mapping[str, float], layers: Iterable[BuiltLayer]) -> dict[str, float]:
     """Return ONNX node -> milliseconds, of an engine's layers: equal parts for nodes fused in one.
 
     Example:

@@ -23,7 +23,8 @@ from lq.mixed_precision.search import search
 from lq.mixed_precision.verify import verified_search
 from lq.plan import PrecisionPlan
 from lq.repairs import METHODS, repair
-from lq.sensitivity import Sensitivity, sweep
+from lq.sensitivity import Sensitivity
+from lq.sensitivity.run import sweep
 from lq.spec import Recipe
 from lq.surgery import quantize
 
@@ -241,9 +242,7 @@ class _Ladder:
 
     def _repair(self, model: nn.Module, methods: Sequence[str]) -> tuple[str, ...]:
         """Repair a model, and return what helped."""
-        report = repair(
-            model, self.batches, self.held_out, methods, self.calibrator, self.progress
-        )
+        report = repair(model, self.batches, self.held_out, methods, self.calibrator, self.progress)
         return tuple(step.method for step in report.steps if step.kept)
 
     def _last(self) -> nn.Module:

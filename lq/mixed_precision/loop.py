@@ -60,7 +60,7 @@ class SearchLoop:
         self.corrections: dict[tuple[str, str], float] = {}
         self.more_ms = 0.0
         self.trials: list[Trial] = []
-        self.failure = ValueError(f"Expected a plan that keeps to the limits.")
+        self.failure = ValueError("Expected a plan that keeps to the limits.")
 
     @property
     def timed_by(self) -> str | None:
@@ -70,9 +70,7 @@ class SearchLoop:
 
     def next_plan(self) -> SearchedPlan:
         """Return the best plan that was not measured yet."""
-        problem = build_problem(
-            self.sensitivity, self.constraints, self.costs, self.corrections
-        )
+        problem = build_problem(self.sensitivity, self.constraints, self.costs, self.corrections)
         if "latency_ms" in problem.fixed:
             problem.fixed["latency_ms"] += self.more_ms
         # Where the drop itself is minimized its limit is for the measurement alone.
@@ -83,9 +81,7 @@ class SearchLoop:
 
     def is_cheaper(self, plan: SearchedPlan, best: SearchedPlan) -> bool:
         """Return whether a plan has less of what is minimized."""
-        return bool(
-            getattr(plan.predicted, self.minimize) < getattr(best.predicted, self.minimize)
-        )
+        return bool(getattr(plan.predicted, self.minimize) < getattr(best.predicted, self.minimize))
 
     def judge(self, plan: SearchedPlan, drop: Drop, latency_ms: float | None) -> Trial:
         """Take note of what was measured of a plan."""
@@ -115,5 +111,3 @@ class SearchLoop:
             f"{str(self.failure).rstrip('.')}; the best of {len(self.trials)} plans that were "
             f"measured has a {best.drop}, predicted {best.plan.predicted}."
         )
-
-

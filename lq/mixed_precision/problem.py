@@ -66,7 +66,9 @@ def build_problem(
         costs: What layers cost; without them there are scores and drops alone.
         corrections: Unit and format -> accuracy drop to add, by what was measured of plans.
     """
-    constraints.check_pins([*sensitivity.units, *(n for u in sensitivity.units.values() for n in u)])
+    constraints.check_pins(
+        [*sensitivity.units, *(n for u in sensitivity.units.values() for n in u)]
+    )
     pairs = [
         (index, format)
         for index, unit in enumerate(sensitivity.units)
@@ -100,7 +102,8 @@ def ties(problem: Problem, sensitivity: Sensitivity) -> Array:
     rows = zip(units, problem.formats, strict=True)
     kl = np.array([0.0 if f == "fp32" else sensitivity.row(u, f).kl for u, f in rows])
     kl = np.nan_to_num(np.maximum(kl, 0.0))
-    return kl / kl.sum() if kl.sum() > 0 else kl
+    scaled: Array = kl / kl.sum() if kl.sum() > 0 else kl
+    return scaled
 
 
 def accuracy_per_score(sensitivity: Sensitivity) -> float:
@@ -141,7 +144,9 @@ def _bits(format: str) -> int:
 
 def _pin(sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str) -> str | None:
     whole = constraints.pin(unit)
-    pins = {constraints.pin(layer) for layer in sensitivity.units[unit]} if whole is None else {whole}
+    pins = (
+        {constraints.pin(layer) for layer in sensitivity.units[unit]} if whole is None else {whole}
+    )
     if len(pins) > 1:
         raise ValueError(
             f"Expected one pinned format for all layers of unit {unit!r}, but got "

@@ -162,7 +162,9 @@ def pareto_front(
     free = PrecisionConstraints(max_accuracy_drop=0.0, formats=formats, pinned=pinned or {})
     problem = build_problem(sensitivity, free, costs)
     objective, tie = _objective(problem, "score", sensitivity)
-    ends = [solve_exactly(problem, v, ()) for v in (problem.values[against], objective + 1e-6 * tie)]
+    ends = [
+        solve_exactly(problem, v, ()) for v in (problem.values[against], objective + 1e-6 * tie)
+    ]
     low, high = (problem.total(against, chosen) for chosen in ends if chosen is not None)
     front: list[SearchedPlan] = []
     for bound in np.linspace(low, high, points):

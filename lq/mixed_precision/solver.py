@@ -80,10 +80,14 @@ def solve_greedily(problem: Problem, minimize: Array, limits: Sequence[Limit]) -
     finds no way to the limits, though there may be one.
     """
     score = problem.values["score"]
-    chosen = np.array([c[score[c].argmin()] for c in map(problem.choices, range(len(problem.units)))])
+    chosen = np.array(
+        [c[score[c].argmin()] for c in map(problem.choices, range(len(problem.units)))]
+    )
     while (excess := _excess(problem, chosen, limits)) > 0:
-        gain = {move: excess - _excess(problem, _moved(problem, chosen, move), limits)
-                for move in _moves(problem, chosen)}
+        gain = {
+            move: excess - _excess(problem, _moved(problem, chosen, move), limits)
+            for move in _moves(problem, chosen)
+        }
         step = _best(problem, chosen, gain)
         if step is None:
             return None
@@ -108,7 +112,8 @@ def keeps_to(problem: Problem, chosen: Array, limits: Iterable[Limit]) -> bool:
 
 def _normalized(values: Array) -> Array:
     largest = float(np.abs(values).max(initial=0.0))
-    return values / largest if largest else values
+    scaled: Array = values / largest if largest else values
+    return scaled
 
 
 def _moves(problem: Problem, chosen: Array) -> list[int]:

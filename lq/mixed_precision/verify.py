@@ -97,5 +97,3 @@ def verified_search(
     if best is None:
         raise loop.failed()
     return VerifiedPlan(*best, loop.trials)
-
-
