@@ -105,8 +105,8 @@ class Costs:
             >>> costs = count_costs(model, torch.zeros(2, 3, 6, 6))
             >>> costs.layers["0"].macs, costs.total("bitops", {"0": "int8"})
             (3456, 221184.0)
-            >>> round(costs.total("size_mb", {}) * 1e6), round(costs.total("size_mb", {"0": "int8"}) * 1e6)
-            (864, 252)
+            >>> [round(costs.total("size_mb", {"0": format}) * 1e6) for format in ("fp32", "int8")]
+            [864, 252]
         """
         parts = (self.of(quantity, name, plan.get(name, "fp32")) for name in self.layers)
         return self.rest(quantity) + sum(parts)

@@ -219,7 +219,7 @@ class _Ladder:
         ).model
 
     def trained(self, finetune: FinetuneFunction) -> nn.Module:
-        """Return a trained model: with the plan that the cost limits alone leave, if there are any."""
+        """Return a trained model, with the plan that the cost limits leave, if there are any."""
         free = [name for name in self.constraints.limited if name != "max_accuracy_drop"]
         if free and self.sensitivity is not None:
             within = dataclasses.replace(self.constraints, max_accuracy_drop=None)

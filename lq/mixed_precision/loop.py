@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from lq.costs import Costs
@@ -11,6 +12,9 @@ from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.problem import build_problem
 from lq.mixed_precision.search import SearchedPlan, solve, to_minimize
 from lq.sensitivity import Sensitivity
+
+TRIALS = 8
+"""Plans to measure before giving up."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Trial:
     drop: Drop
     latency_ms: float | None
     kept: bool
+
+    def values(self) -> dict[str, float]:
+        """Return what counts against limits: what was measured, and what can only be counted."""
+        values = {**dataclasses.asdict(self.plan.predicted), "drop": self.drop.high}
+        return values if self.latency_ms is None else {**values, "latency_ms": self.latency_ms}
 
     def __str__(self) -> str:
         measured = str(self.drop)
@@ -60,7 +69,6 @@ class SearchLoop:
         self.corrections: dict[tuple[str, str], float] = {}
         self.more_ms = 0.0
         self.trials: list[Trial] = []
-        self.failure = ValueError("Expected a plan that keeps to the limits.")
 
     @property
     def timed_by(self) -> str | None:
@@ -68,30 +76,53 @@ class SearchLoop:
         timed = any(limit.quantity == "latency_ms" for limit in self.limits)
         return self.costs.engine if timed else None
 
-    def next_plan(self) -> SearchedPlan:
-        """Return the best plan that was not measured yet."""
+    @property
+    def kept(self) -> Trial | None:
+        """The best plan so far that keeps to the limits."""
+        found = [trial for trial in self.trials if trial.kept]
+        return min(found, key=lambda trial: self._minimized(trial.plan), default=None)
+
+    def next_plan(self) -> SearchedPlan | None:
+        """Return what to try next, ``None`` where nothing better is to be expected.
+
+        Raises:
+            ValueError: If no plan keeps to the limits, by predictions alone.
+        """
+        score, kept = self.minimize == "score", self.kept
+        if len(self.trials) >= TRIALS or (score and kept is not None):
+            return None
+        try:
+            plan = self._search(score)
+        except ValueError:
+            if not self.trials:
+                raise
+            return None
+        least = min((trial.drop.high for trial in self.trials), default=math.inf)
+        if score and plan.predicted.drop >= least * 0.999:
+            return None  # by what was measured, no other plan loses less
+        cheaper = kept is None or self._minimized(plan) < self._minimized(kept.plan)
+        return plan if cheaper else None
+
+    def _search(self, score: bool) -> SearchedPlan:
         problem = build_problem(self.sensitivity, self.constraints, self.costs, self.corrections)
         if "latency_ms" in problem.fixed:
             problem.fixed["latency_ms"] += self.more_ms
         # Where the drop itself is minimized its limit is for the measurement alone.
-        score = self.minimize == "score"
         limits = [limit for limit in self.limits if not (score and limit.quantity == "drop")]
         tried = [trial.plan for trial in self.trials]
         return solve(problem, limits, self.sensitivity, self.costs, self.minimize, tried)
 
-    def is_cheaper(self, plan: SearchedPlan, best: SearchedPlan) -> bool:
-        """Return whether a plan has less of what is minimized."""
-        return bool(getattr(plan.predicted, self.minimize) < getattr(best.predicted, self.minimize))
+    def _minimized(self, plan: SearchedPlan) -> float:
+        return float(getattr(plan.predicted, self.minimize))
 
     def judge(self, plan: SearchedPlan, drop: Drop, latency_ms: float | None) -> Trial:
         """Take note of what was measured of a plan."""
-        measured = {**dataclasses.asdict(plan.predicted), "drop": drop.high}
-        if latency_ms is not None:
-            measured["latency_ms"] = latency_ms
-            self.more_ms += max(latency_ms - measured["latency_ms"], 0.0)
+        trial = Trial(plan, drop, latency_ms, kept=False)
+        trial = dataclasses.replace(trial, kept=keeps_to(self.limits, trial.values()))
+        self.more_ms += max((latency_ms or 0.0) - (plan.predicted.latency_ms or 0.0), 0.0)
         self._learn(plan, drop.high - plan.predicted.drop)
-        self.trials.append(Trial(plan, drop, latency_ms, keeps_to(self.limits, measured)))
-        return self.trials[-1]
+        self.trials.append(trial)
+        return trial
 
     def _learn(self, plan: SearchedPlan, unforeseen: float) -> None:
         """Add what a plan lost beyond its prediction to the choices that it is made of."""
@@ -103,11 +134,13 @@ class SearchLoop:
             self.corrections[pair] = self.corrections.get(pair, 0.0) + unforeseen * share
 
     def failed(self) -> ValueError:
-        """Return the error that says what was reached."""
-        if not self.trials:
-            return self.failure
+        """Return the error that says which limit no plan kept, and how near one came."""
         best = min(self.trials, key=lambda trial: trial.drop.high)
+        values = best.values()
+        broken = next(limit for limit in self.limits if not keeps_to([limit], values))
+        beside = ", ".join(f"{x.name}={x.given:g}" for x in self.limits if x is not broken)
         return ValueError(
-            f"{str(self.failure).rstrip('.')}; the best of {len(self.trials)} plans that were "
-            f"measured has a {best.drop}, predicted {best.plan.predicted}."
+            f"Expected `{broken.name}` to be reachable{' beside ' * bool(beside)}{beside}, but got "
+            f"{broken.given:g}; the nearest of {len(self.trials)} plans that were measured is "
+            f"{broken.nearest(values[broken.quantity]):.4g} ({best.drop})."
         )

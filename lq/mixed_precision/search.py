@@ -193,7 +193,7 @@ def check_reachable(problem: Problem, limits: Sequence[Limit]) -> None:
 
 
 def to_minimize(limits: Sequence[Limit]) -> str:
-    """Return what is minimized unless told: the score, or where nothing else is limited the size."""
+    """Return what is minimized unless told: the size where only the drop is limited."""
     return "score" if any(limit.quantity != "drop" for limit in limits) else "size_mb"
 
 

@@ -74,7 +74,7 @@ def _without(problem: Problem, chosen: Array) -> LinearConstraint:
 
 
 def solve_greedily(problem: Problem, minimize: Array, limits: Sequence[Limit]) -> Array | None:
-    """Return a good choice: from the lowest scores, the best exchange for its score, again and again.
+    """Return a good choice: from the lowest scores on, always the exchange best for its score.
 
     First until the limits are kept to, then as long as what is minimized falls. ``None`` where it
     finds no way to the limits, though there may be one.
@@ -121,7 +121,7 @@ def _moves(problem: Problem, chosen: Array) -> list[int]:
 
 
 def _moved(problem: Problem, chosen: Array, move: int) -> Array:
-    after = chosen.copy()
+    after: Array = chosen.copy()
     after[problem.unit_of[move]] = move
     return after
 

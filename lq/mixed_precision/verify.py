@@ -19,8 +19,6 @@ from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
 
 log = logging.getLogger(__name__)
-TRIALS = 8
-"""Plans to measure before giving up."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +76,12 @@ def verified_search(
     loop = SearchLoop(sensitivity, constraints, costs, minimize)
     bench = Bench(model, batches, held_out, recipe, prepare)
     bench.check_provable(constraints)
-    best: tuple[SearchedPlan, nn.Module] | None = None
-    while len(loop.trials) < TRIALS:
-        try:
-            plan = loop.next_plan()
-        except ValueError as error:
-            loop.failure = error
-            break
-        if best is not None and not loop.is_cheaper(plan, best[0]):
-            break
+    models: dict[Trial, nn.Module] = {}
+    while (plan := loop.next_plan()) is not None:
         quantized = bench.prepared(plan)
         trial = loop.judge(plan, bench.drop(quantized), bench.latency(quantized, loop.timed_by))
         log.info("%s", trial)
-        if trial.kept:
-            best = plan, quantized
-            if loop.minimize == "score":
-                break
-    if best is None:
+        models = {k: m for k, m in [*models.items(), (trial, quantized)] if k is loop.kept}
+    if loop.kept is None:
         raise loop.failed()
-    return VerifiedPlan(*best, loop.trials)
+    return VerifiedPlan(loop.kept.plan, models[loop.kept], loop.trials)
