@@ -4,7 +4,7 @@ from lq.mixed_precision.constraints import PrecisionConstraints
 from lq.mixed_precision.guard import GuardReport, Rung, accuracy_guard
 from lq.mixed_precision.loop import Trial
 from lq.mixed_precision.measured import Drop, paired_drop
-from lq.mixed_precision.search import Prediction, SearchedPlan, pareto_front, search
+from lq.mixed_precision.searching import Prediction, SearchedPlan, pareto_front, search
 from lq.mixed_precision.verify import VerifiedPlan, verified_search
 
 __all__ = [

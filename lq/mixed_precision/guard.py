@@ -19,7 +19,7 @@ from lq.costs import Costs, count_costs
 from lq.mixed_precision.bench import Bench
 from lq.mixed_precision.constraints import PrecisionConstraints, keeps_to
 from lq.mixed_precision.measured import Drop
-from lq.mixed_precision.search import search
+from lq.mixed_precision.searching import search
 from lq.mixed_precision.verify import verified_search
 from lq.plan import PrecisionPlan
 from lq.repairs import METHODS, repair

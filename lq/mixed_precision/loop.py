@@ -10,7 +10,7 @@ from lq.costs import Costs
 from lq.mixed_precision.constraints import PrecisionConstraints, keeps_to
 from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.problem import build_problem
-from lq.mixed_precision.search import SearchedPlan, solve, to_minimize
+from lq.mixed_precision.searching import SearchedPlan, solve, to_minimize
 from lq.sensitivity import Sensitivity
 
 TRIALS = 8

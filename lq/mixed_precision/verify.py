@@ -14,7 +14,7 @@ from lq.costs import Costs, count_costs
 from lq.mixed_precision.bench import Bench, Prepare
 from lq.mixed_precision.constraints import PrecisionConstraints
 from lq.mixed_precision.loop import SearchLoop, Trial
-from lq.mixed_precision.search import SearchedPlan
+from lq.mixed_precision.searching import SearchedPlan
 from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
 
