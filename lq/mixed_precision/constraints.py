@@ -128,10 +128,12 @@ class PrecisionConstraints:
         given: float = getattr(self, name)
         if name == "max_accuracy_drop":
             return Limit(name, given, "drop", given)
-        if costs is None:
+        timed = name in ("max_latency_ms", "min_speedup")
+        if costs is None or (timed and not costs.latency):
+            source = "measure_latency" if timed else "count_costs"
             raise ValueError(
-                f"Expected `costs` where `{name}` is limited, but got none; count them with "
-                "lq.count_costs(model, batch)."
+                f"Expected `costs` where `{name}` is limited, but got none; give "
+                f"lq.{source}(model, batch)."
             )
         if name.startswith("max_"):
             return Limit(name, given, name.removeprefix("max_"), given)

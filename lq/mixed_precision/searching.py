@@ -103,6 +103,7 @@ def search(
         Traceback (most recent call last):
         ValueError: Expected `max_size_mb` to be reachable, but got 0.004; the nearest is 0.005192.
     """
+    costs = sensitivity.costs if costs is None else costs
     problem = build_problem(sensitivity, constraints, costs)
     return solve(problem, constraints.limits(costs), sensitivity, costs, minimize)
 
@@ -136,7 +137,7 @@ def solve(
 
 def pareto_front(
     sensitivity: Sensitivity,
-    costs: Costs,
+    costs: Costs | None = None,
     against: str = "size_mb",
     points: int = 16,
     formats: Sequence[str] | None = None,
@@ -148,7 +149,7 @@ def pareto_front(
 
     Args:
         sensitivity: What ``lq.sweep`` found.
-        costs: What layers cost.
+        costs: What layers cost, as for ``search``.
         against: ``size_mb``, ``bitops`` or ``latency_ms``.
         points: How many limits to try.
         formats: Formats that layers may have.
@@ -159,8 +160,10 @@ def pareto_front(
             f"Expected `against` to be of {', '.join(QUANTITIES)}, but got {against!r}; "
             f"{suggest(against, QUANTITIES)}"
         )
+    costs = sensitivity.costs if costs is None else costs
     free = PrecisionConstraints(max_accuracy_drop=0.0, formats=formats, pinned=pinned or {})
     problem = build_problem(sensitivity, free, costs)
+    _check_counted(problem, against)
     objective, tie = _objective(problem, "score", sensitivity)
     ends = [
         solve_exactly(problem, v, ()) for v in (problem.values[against], objective + 1e-6 * tie)
@@ -207,11 +210,7 @@ def _objective(problem: Problem, wanted: str, sensitivity: Sensitivity) -> tuple
             f"Expected `minimize` to be of {', '.join(MINIMIZE)}, but got {wanted!r}; "
             f"{suggest(wanted, MINIMIZE)}"
         )
-    if wanted not in problem.values:
-        need = "lq.measure_latency" if wanted == "latency_ms" else "lq.count_costs(model, batch)"
-        raise ValueError(
-            f"Expected `costs` where `{wanted}` is minimized, but got none; give {need}."
-        )
+    _check_counted(problem, wanted)
     if wanted != "score":
         return problem.values[wanted], problem.values["drop"]
     by_size = problem.values.get("size_mb", np.zeros(len(problem.formats)))
@@ -219,6 +218,14 @@ def _objective(problem: Problem, wanted: str, sensitivity: Sensitivity) -> tuple
     nearly = ties(problem, sensitivity) * 0.5 / max(sensitivity.n, 1)
     exact_counts = sensitivity.metric in ("top1", "top5")
     return problem.values["drop"] + nearly * exact_counts, by_size
+
+
+def _check_counted(problem: Problem, quantity: str) -> None:
+    if quantity not in problem.values:
+        source = "measure_latency" if quantity == "latency_ms" else "count_costs"
+        raise ValueError(
+            f"Expected `costs` with `{quantity}`, but got none; give lq.{source}(model, batch)."
+        )
 
 
 def _searched(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lq.costs import Costs
 from lq.files import written_whole
 from lq.messages import suggest
 from lq.sensitivity.measures import PARTS, Measures
@@ -64,6 +65,7 @@ class Sensitivity:
         passes: Work done, in forward passes of the float model over all samples, by
             multiply-accumulates.
         fallback: Why whole passes were run instead of replays; empty where they were not.
+        costs: Parameters and multiply-accumulates of the layers, which a search weighs.
 
     Example:
         >>> rows = [LayerSensitivity(layer="conv", format="int8", kl=0.02)]
@@ -86,6 +88,7 @@ class Sensitivity:
     data_hash: str = ""
     passes: float = math.nan
     fallback: str = ""
+    costs: Costs | None = None
 
     def __iter__(self) -> Iterator[LayerSensitivity]:
         return iter(self.found)
@@ -148,6 +151,8 @@ class Sensitivity:
             plain["units"] = {name: tuple(layers) for name, layers in plain["units"].items()}
             plain["formats"] = tuple(plain["formats"])
             plain["whole"] = {k: measures_from(v, Measures) for k, v in plain["whole"].items()}
+            if plain.get("costs") is not None:
+                plain["costs"] = Costs.from_dict(plain["costs"])
             numbers = {name: float(plain[name]) for name in ("top1", "passes")}
             return cls(**{**plain, **numbers})
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lq.batches import model_inputs
+from lq.costs import count_costs
 from lq.digest import DataDigest, model_digest
 from lq.formats import FORMATS, layer_formats
 from lq.modes import eval_mode
@@ -128,6 +129,7 @@ def sweep(
         data_hash=data,
         passes=passes,
         fallback=meter.fallback,
+        costs=count_costs(model, first),
     )
 
 
