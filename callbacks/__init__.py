@@ -6,6 +6,7 @@ if __name__ != "lq.callbacks":
 from lq.callbacks.calibration import Calibration
 from lq.callbacks.engine_comparison import EngineComparison
 from lq.callbacks.export import Export
+from lq.callbacks.mixed_precision import MixedPrecision
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.quantizer_monitor import QuantizerMonitor
 
@@ -13,6 +14,7 @@ __all__ = [
     "Calibration",
     "EngineComparison",
     "Export",
+    "MixedPrecision",
     "QuantizationAwareTraining",
     "QuantizerMonitor",
 ]

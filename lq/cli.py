@@ -17,13 +17,19 @@ from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
+from lq.costs import count_costs
 from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
+from lq.latency import measure_latency
 from lq.messages import one_line
+from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_search
 from lq.module import QuantModule
-from lq.surgery import quantized_layers
+from lq.sensitivity import Sensitivity
+from lq.sensitivity.run import sweep
+from lq.spec import Recipe
+from lq.surgery import dequantize, quantized_layers
 
 LINT = "\nAnd lq lint model.onnx, which needs no config: see lq lint --help."
 KEYWORDS = ("best", "last", "hpc")
@@ -31,7 +37,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate and export."""
+    """Lightning's Trainer, which can also calibrate, search and export."""
 
     def export(
         self,
@@ -106,6 +112,57 @@ class Trainer(L.Trainer):
         print(find_ranges(target_module(model, None), samples, calibrator, cache=cache).table())
         print(f"Ranges: {cache}")
 
+    def search(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        constraints: PrecisionConstraints,
+        ckpt_path: str | None = None,
+        plan: str = "plan.yaml",
+        sensitivity: str | None = None,
+        formats: tuple[str, ...] = ("int8", "fp16"),
+        metric: str = "kl",
+        batches: int = 16,
+        latency_cache: str = "latency.json",
+    ) -> None:
+        """Search the best mix of formats under limits, verify it by measuring, and write the plan.
+
+        The plan is searched for the float model; the module's recipe says what additions get. It
+        stands wherever a recipe does: --model.recipe=plan.yaml.
+
+        Args:
+            model: The module to search for.
+            datamodule: Gives calibration batches, and validation data to measure on.
+            constraints: The limits, such as --constraints.max_accuracy_drop=0.01.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            plan: YAML file to write.
+            sensitivity: JSON file of a sweep of the same model; without it the layers are swept.
+            formats: Formats for layers, besides fp32.
+            metric: What the sweep ranks by: kl, loss, top1, top5 or sqnr.
+            batches: How many calibration batches to look at.
+            latency_cache: JSON file of latencies by hardware, where a latency is limited.
+        """
+        samples = list(self._prepared(model, datamodule, ckpt_path, batches))
+        recipe = model.recipe or Recipe()
+        net = dequantize(model.model).eval()
+        found = (
+            sweep(net, samples, formats, metric=metric, recipe=recipe)
+            if sensitivity is None
+            else Sensitivity.from_json(sensitivity)
+        )
+        costs = found.costs or count_costs(net, samples[0])
+        if constraints.is_timed:
+            costs = measure_latency(net, samples[0], found.formats, latency_cache, recipe, costs)
+        print("Predicted, for limits on the size:")
+        for point in pareto_front(found, costs):
+            print(f"  {point.predicted}: {point}")
+        datamodule.setup("validate")
+        held_out = datamodule.val_dataloader()
+        verified = verified_search(net, found, constraints, samples, held_out, costs, recipe)
+        print(verified)
+        verified.plan.to_yaml(plan, recipe)
+        print(f"Plan: {plan}")
+
     def _prepared(
         self,
         model: QuantModule,
@@ -124,12 +181,12 @@ class Trainer(L.Trainer):
 
 
 class CLI(LightningCLI):
-    """Lightning's CLI for ``QuantModule`` and any data module, and two commands more."""
+    """Lightning's CLI for ``QuantModule`` and any data module, and commands of its own."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, with the arguments that the CLI fills in itself."""
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "export")}
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "export", "search")}
         return {**LightningCLI.subcommands(), **own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lq.calibration import calibrate
+from lq.costs import Costs, count_costs
 from lq.mixed_precision.constraints import PrecisionConstraints
 from lq.mixed_precision.measured import Drop, paired_drop, rightness
 from lq.repairs.running import check_repeatable
@@ -18,6 +19,17 @@ from lq.surgery import quantize, quantizers
 
 Prepare = Callable[[nn.Module], Any]
 """What is done to a quantized model before it is measured."""
+
+
+def find_costs(
+    model: nn.Module, batch: Any, constraints: PrecisionConstraints, formats: Sequence[str]
+) -> Costs:
+    """Return what the layers of a model cost, with their time where that is limited."""
+    if not constraints.is_timed:
+        return count_costs(model, batch)
+    from lq.latency import measure_latency  # which imports every engine
+
+    return measure_latency(model, batch, formats)
 
 
 class Bench:

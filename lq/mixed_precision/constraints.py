@@ -116,6 +116,11 @@ class PrecisionConstraints:
         names = [n for n in self.__dataclass_fields__ if n.startswith(("max_", "min_"))]
         return tuple(name for name in names if getattr(self, name) is not None)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether a latency is limited, which has to be measured."""
+        return self.max_latency_ms is not None or self.min_speedup is not None
+
     def limits(self, costs: Costs | None) -> list[Limit]:
         """Return the limits in the order of the arguments.
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from lq.calibration import calibrate
-from lq.costs import Costs, count_costs
-from lq.mixed_precision.bench import Bench
+from lq.costs import Costs
+from lq.mixed_precision.bench import Bench, find_costs
 from lq.mixed_precision.constraints import PrecisionConstraints, keeps_to
 from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.searching import search
@@ -116,7 +116,7 @@ def accuracy_guard(
         formats: Formats for mixed precision, besides fp32.
         calibrator: How ranges are found.
         sensitivity: What a sweep found already.
-        costs: What layers cost; counted if not given.
+        costs: What layers cost, as for ``verified_search``.
         progress: Show progress bars.
 
     Raises:
@@ -132,6 +132,7 @@ def accuracy_guard(
         >>> report.kept, [rung.name for rung in report.rungs]
         (True, ['ptq'])
     """
+    costs = costs or find_costs(model, next(iter(batches)), constraints, formats)
     ladder = _Ladder(model, batches, held_out, constraints, recipe, calibrator, costs, progress)
     rungs: dict[str, Callable[[], nn.Module]] = {
         "ptq": ladder.calibrated,
@@ -157,7 +158,7 @@ class _Ladder:
         constraints: PrecisionConstraints,
         recipe: Recipe | str | Path,
         calibrator: str,
-        costs: Costs | None,
+        costs: Costs,
         progress: bool,
     ) -> None:
         self.model, self.batches, self.held_out = model, batches, held_out
@@ -165,7 +166,7 @@ class _Ladder:
         self.calibrator, self.progress = calibrator, progress
         self.bench = Bench(model, batches, held_out, recipe, self._prepare)
         self.bench.check_provable(constraints)
-        self.costs = costs or count_costs(model, self.bench.sample)
+        self.costs = costs
         self.limits = constraints.limits(self.costs)
         self.repairs: tuple[str, ...] = ()
         self.sensitivity: Sensitivity | None = None

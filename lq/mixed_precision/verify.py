@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lq.costs import Costs, count_costs
-from lq.mixed_precision.bench import Bench, Prepare
+from lq.costs import Costs
+from lq.mixed_precision.bench import Bench, Prepare, find_costs
 from lq.mixed_precision.constraints import PrecisionConstraints
 from lq.mixed_precision.loop import SearchLoop, Trial
 from lq.mixed_precision.searching import SearchedPlan
@@ -64,7 +64,8 @@ def verified_search(
         constraints: The limits.
         batches: Calibration batches, to be gone through again and again.
         held_out: (input, target) pairs to measure on, others than those of the sweep.
-        costs: What layers cost; counted on the first of `batches`, if not given.
+        costs: What layers cost; counted, and where a latency is limited timed, on the first of
+            `batches`, if not given.
         recipe: What additions, pooling, and layers that were not swept get.
         prepare: What is done to each quantized model, if not ``calibrate(model, batches)``.
         minimize: As for ``search``.
@@ -72,7 +73,7 @@ def verified_search(
     Raises:
         ValueError: If no plan keeps to the limits: which one fails, and its nearest value.
     """
-    costs = count_costs(model, next(iter(batches))) if costs is None else costs
+    costs = costs or find_costs(model, next(iter(batches)), constraints, sensitivity.formats)
     loop = SearchLoop(sensitivity, constraints, costs, minimize)
     bench = Bench(model, batches, held_out, recipe, prepare)
     bench.check_provable(constraints)
