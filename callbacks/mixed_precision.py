@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
 from lq.state import recipe_of
 from lq.surgery import dequantize, is_calibrated, quantize, quantized_layers
+
+log = logging.getLogger(__name__)
 
 
 class MixedPrecision(L.Callback):
@@ -86,12 +89,15 @@ class MixedPrecision(L.Callback):
             self.report = self._climb(trainer, pl_module)
             follow(target, self.report.model)
         rank_zero_info("%s", self.report)
+        if not self.report.kept:
+            log.warning("No rung keeps to the limits; the module goes on with the best of them.")
         self.report.plan.to_yaml(self.plan, self.recipe)
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
 
     def _climb(self, trainer: L.Trainer, pl_module: L.LightningModule) -> GuardReport:
-        model = dequantize(copy.deepcopy(target_module(pl_module, self.module)))
+        target = target_module(pl_module, self.module)
+        model = dequantize(copy.deepcopy(target, {id(trainer): None}))
         found = None if self.sensitivity is None else Sensitivity.from_json(self.sensitivity)
         return accuracy_guard(
             model,

@@ -19,7 +19,7 @@ from lq.gemm import weight_of
 from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 from lq.samples import count_samples
-from lq.surgery import quantizable_layers
+from lq.surgery import quantizable_layers, quantizers
 
 QUANTITIES = ("size_mb", "bitops", "latency_ms")
 SCALE_BYTES = 4
@@ -136,8 +136,9 @@ def count_costs(model: nn.Module, batch: Any) -> Costs:
         model(*args, **kwargs)
     samples, counted = count_samples(batch), set[int]()
     found = {name: _counted(m, macs[name] // samples, counted) for name, m in layers.items()}
+    scales = {id(quantizer.scale) for quantizer in quantizers(model).values()}
     held = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    rest = sum(t.numel() for key, t in held.items() if key not in counted)
+    rest = sum(t.numel() for key, t in held.items() if key not in counted | scales)
     return Costs(found, 4 * rest / 1e6)
 
 
