@@ -1,6 +1,6 @@
 """Accuracy drop against size: the search's plans beside random ones, heuristics and modelopt.
 
-python benchmarks/mixed_precision.py [--case mobilenet_v2_imagenet ...] [--sweep 256] [--no-peers]
+python benchmarks/mixed_precision.py [--case efficientnet_lite0 ...] [--sweep 256] [--no-peers]
 
 Without the data, or with --digits, on handwritten digits: there all 3^5 plans of a small net are
 measured too, and the search's plan is compared with the best of them.
@@ -236,7 +236,7 @@ def enumerate_plans(bench: Bench, found: Sensitivity) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    cases = ["mobilenet_v2_imagenet", "efficientnet_lite0"]
+    cases = ["mobilenet_v2_cifar", "efficientnet_lite0"]
     parser.add_argument("--case", nargs="*", default=cases, choices=list(CASES))
     parser.add_argument("--sweep", type=int, default=256, help="training images of the sweep")
     parser.add_argument("--digits", action="store_true")

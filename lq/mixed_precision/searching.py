@@ -164,14 +164,13 @@ def pareto_front(
     free = PrecisionConstraints(max_accuracy_drop=0.0, formats=formats, pinned=pinned or {})
     problem = build_problem(sensitivity, free, costs)
     _check_counted(problem, against)
-    objective, _ = _objective(problem, "score", sensitivity)
-    cost = problem.values[against]
-    ends = solve_exactly(problem, cost, ()), solve_exactly(problem, objective, (), cost)
+    drop, cost = problem.values["drop"], problem.values[against]
+    ends = solve_exactly(problem, cost, (), drop), solve_exactly(problem, drop, (), cost)
     low, high = (problem.total(against, chosen) for chosen in ends if chosen is not None)
     front: list[SearchedPlan] = []
     for bound in np.linspace(low, high, points):
         limit = Limit(against, float(bound), against, float(bound) * (1 + 1e-9))
-        chosen = solve_exactly(problem, objective, [limit], cost)
+        chosen = solve_exactly(problem, drop, [limit], cost)
         if chosen is None:
             continue
         plan = _searched(problem, chosen, None, sensitivity, costs)
