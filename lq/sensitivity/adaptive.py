@@ -114,7 +114,8 @@ class Halving:
             n = max(map(len, values.values()))
             if n < FEWEST:
                 return
-            found = still_open(values, self.top, n * self.batches // (index + 1))
+            top = min(self.top, max(len(values) // 2, 1))
+            found = still_open(values, top, n * self.batches // (index + 1))
             distances |= {
                 by_unit[unit]: d for unit, d in found.items() if by_unit[unit] in self.open
             }

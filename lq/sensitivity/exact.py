@@ -80,7 +80,7 @@ class Exact:
         self.variants = list(variants)
         self.bases: dict[str, State] = {"": FLOAT}
         for format in {v.base: None for v in variants if v.base}:
-            self.bases[format] = states.state(format, states.layers)
+            self.bases[format] = states.state(format, states.layers, alone=False)
         self._targets = {v: self._state(v) for v in variants}
         self.replay = Replay(states.model)
         self.model = states.model
@@ -93,7 +93,7 @@ class Exact:
         members = self.units[variant.unit]
         if variant.left_float:
             members = [name for name in self.states.layers if name not in members]
-        return self.states.state(variant.format, members, variant.part)
+        return self.states.state(variant.format, members, variant.part, not variant.left_float)
 
     def __enter__(self) -> Exact:
         self.replay.__enter__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lq.batches import tensors
 from lq.gemm import weight_of
-from lq.layers import is_quantizable
+from lq.layers import float_class, is_quantizable
 from lq.sensitivity.recorded import forget, record
 
 Key = tuple[nn.Module, int]
@@ -130,15 +130,22 @@ class Replay:
         return self.model(*args, **kwargs)
 
     def start(self, changed: Iterable[str]) -> int:
-        """Return the number of the first recorded call that some changed modules may affect.
+        """Return the number of the first recorded call that some changed modules affect.
 
-        A module that was not called may be called when it has changed, so what is around it is
-        affected as a whole.
+        One that was not called does not matter, unless a module of torch is around it, which may
+        have computed without its parts and may call them when they have changed.
         """
         first: dict[str, int] = {}
         for i, call in enumerate(self.calls):
             first.setdefault(self._names[call.key[0]], i)
-        return min(_called(name, first) for name in changed)
+        return min(self._first_affected(name, first) for name in changed)
+
+    def _first_affected(self, name: str, first: Mapping[str, int]) -> int:
+        called = name in first
+        while name and name not in first:
+            name = name.rpartition(".")[0]
+        fused = float_class(self._modules[name]).__module__.startswith("torch.nn.")
+        return first.get(name, 0) if called or fused else len(self.calls)
 
     def replay(self, changed: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with some modules changed since the recording, and return the output.
@@ -195,14 +202,11 @@ class Replay:
         return output
 
     def costs(self) -> tuple[list[int], int]:
-        """Return the multiply-accumulates from each recorded call on, and those of the pass."""
-        return [self._macs - call.macs for call in self.calls], self._macs
+        """Return the multiply-accumulates from each recorded call on, and those of the pass.
 
-
-def _called(name: str, first: Mapping[str, int]) -> int:
-    while name and name not in first:
-        name = name.rpartition(".")[0]
-    return first.get(name, 0)
+        After the last call there are none.
+        """
+        return [*(self._macs - call.macs for call in self.calls), 0], self._macs
 
 
 def _versions(output: Any) -> list[int]:

@@ -138,7 +138,9 @@ class States:
             for name, layer in self.all_layers.items()
         }
 
-    def state(self, format: str, layers: Iterable[str], part: str = "both") -> State:
+    def state(
+        self, format: str, layers: Iterable[str], part: str = "both", alone: bool = True
+    ) -> State:
         """Return the state in which some layers are in a format and all else is float.
 
         With them are the residual additions, pooling and the like that the recipe quantizes where
@@ -148,6 +150,7 @@ class States:
             format: One of the formats.
             layers: Names of layers.
             part: ``both``, ``weights`` or ``inputs``.
+            alone: Leave out the additions that the recipe quantizes whatever the layers are.
         """
         layers, found = list(layers), self._quantizers[format]
         state: dict[str, dict[str, Quantizer]] = defaultdict(dict)
@@ -158,9 +161,13 @@ class States:
         if part != "weights":
             specs = self._specs(format, layers)
             for site in place(self.dataflow, self.recipes[format], specs).specs:
-                if site not in self._always[format]:
+                if not alone or site not in self._always[format]:
                     state[site.module][site.slot] = found[site]
         return state
+
+    def groups(self, format: str, layers: Iterable[str]) -> list[list[Site]]:
+        """Return the places that see one tensor, with some layers in a format."""
+        return place(self.dataflow, self.recipes[format], self._specs(format, layers)).groups
 
     def go(self, target: State) -> None:
         """Put the model into a state."""
