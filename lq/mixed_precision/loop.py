@@ -97,11 +97,16 @@ class SearchLoop:
             if not self.trials:
                 raise
             return None
-        least = min((trial.drop.high for trial in self.trials), default=math.inf)
-        if score and plan.predicted.drop >= least * 0.999:
-            return None  # by what was measured, no other plan loses less
+        if score and self._is_hopeless(plan):
+            return None
         cheaper = kept is None or self._minimized(plan) < self._minimized(kept.plan)
         return plan if cheaper else None
+
+    def _is_hopeless(self, plan: SearchedPlan) -> bool:
+        """Return whether all plans lose too much, and by what was measured no other loses less."""
+        limit = next((x.bound for x in self.limits if x.quantity == "drop"), math.inf)
+        least = min((trial.drop.high for trial in self.trials), default=0.0)
+        return least > limit and plan.predicted.drop >= least * 0.999
 
     def _search(self, score: bool) -> SearchedPlan:
         problem = build_problem(self.sensitivity, self.constraints, self.costs, self.corrections)
@@ -133,9 +138,14 @@ class SearchLoop:
             share = part / sum(parts) if sum(parts) > 0 else 1 / len(chosen)
             self.corrections[pair] = self.corrections.get(pair, 0.0) + unforeseen * share
 
+    def _excess(self, trial: Trial) -> float:
+        """Return by how much a plan breaks its limits, each in parts of its bound."""
+        values = trial.values()
+        return sum(max(values[x.quantity] / x.bound - 1, 0.0) for x in self.limits)
+
     def failed(self) -> ValueError:
         """Return the error that says which limit no plan kept, and how near one came."""
-        best = min(self.trials, key=lambda trial: trial.drop.high)
+        best = min(self.trials, key=self._excess)
         values = best.values()
         broken = next(limit for limit in self.limits if not keeps_to([limit], values))
         beside = ", ".join(f"{x.name}={x.given:g}" for x in self.limits if x is not broken)
