@@ -98,6 +98,8 @@ def measure_latency(
             try:
                 known[format] = _layer_times(model, batch, format, recipe, engine)
             except Exception as error:  # engines fail in their own ways on what they do not have
+                if format == "fp32":
+                    raise
                 log.warning("No latency of %s: %s cannot run it (%s).", format, engine, error)
     if cache is not None:
         stored.setdefault(hardware, {})[key] = known

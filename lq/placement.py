@@ -110,10 +110,14 @@ class _Placer:
         return not made_by or any(spec.inputs.needs_scale for spec in made_by)
 
     def _layers_before(self, flow: Flow, tensor: fx.Node) -> list[LayerSpec]:
-        if tensor.op != "call_module":
-            return []
-        child = self.dataflow.child(flow, tensor)
-        return [s for n, s in self.layers.items() if f"{n}.".startswith(f"{child}.")]
+        """Return the layers in the module that makes a tensor, or in the ones before it."""
+        while tensor.op == "call_module":
+            child = self.dataflow.child(flow, tensor)
+            found = [s for n, s in self.layers.items() if f"{n}.".startswith(f"{child}.")]
+            if found or not tensor.all_input_nodes:
+                return found
+            tensor = tensor.all_input_nodes[0]
+        return []
 
     def _place(self, flow: Flow, tensor: fx.Node, spec: QuantSpec) -> None:
         site = self._source(flow, tensor)
