@@ -93,6 +93,10 @@ class Costs:
             )
         return found[format]
 
+    def runs(self, format: str) -> bool:
+        """Return whether the engine that was timed runs a format, or none was timed."""
+        return all(format in times for times in self.latency.values())
+
     def rest(self, quantity: str) -> float:
         """Return what the model costs besides its layers."""
         return {"size_mb": self.rest_mb, "bitops": 0.0, "latency_ms": self.rest_ms}[quantity]

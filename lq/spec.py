@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ import yaml
 from torch import nn
 
 from lq.files import written_whole
-from lq.formats import FORMATS, WEIGHTS_ONLY, Format, check_format, layer_formats
+from lq.formats import FORMATS, Format, check_format, layer_formats
 from lq.functional import FP8_MAX
 from lq.gemm import is_small
 from lq.messages import check_keys, suggest
@@ -363,9 +362,6 @@ class Recipe:
     ) -> Recipe:
         """Return the recipe that gives each layer of a plan its format, and all else `base`'s.
 
-        Where the plan has no layer in the format of `base`'s inputs, what is left to `base`, such
-        as additions, takes the commonest format that is quantized.
-
         Args:
             plan: Layer's qualified name -> format, ``weights/inputs``, or ``int4`` for weights
                 alone.
@@ -384,11 +380,6 @@ class Recipe:
             raise ValueError(f"Expected `plan` to map layers to formats, but got {plan!r}.")
         base = cls.parse(base)
         rules = tuple(_plan_rule(name, format, base) for name, format in plan.items())
-        scaled = Counter(f for f in plan.values() if f in FORMATS and FORMATS[f].needs_scale)
-        common = [f for f, _ in scaled.most_common() if f not in WEIGHTS_ONLY]
-        if common and base.inputs.format not in common:
-            spec = Rule(name="*", format=common[0]).apply(LayerSpec(base.weights, base.inputs))
-            base = dataclasses.replace(base, weights=spec.weights, inputs=spec.inputs)
         return dataclasses.replace(base, rules=(*base.rules, *rules))
 
     def to_json(self) -> str:

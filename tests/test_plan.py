@@ -107,7 +107,7 @@ def test_weights_keep_what_the_base_says() -> None:
 
 def test_additions_have_a_format_of_the_plan() -> None:
     layers = PrecisionPlan.of(digits_cnn())
-    for format in ("int8", "fp8_e4m3"):
+    for format in ("int8", "fp8_e4m3", "int6"):
         recipe = lq.Recipe.from_plan(dict.fromkeys(layers, format))
         model = lq.quantize(digits_cnn(), recipe)
         assert {q.spec.format for q in lq.surgery.quantizers(model).values()} == {format}

@@ -1,6 +1,6 @@
 """The best mix of formats under limits, searched exactly and verified by measuring."""
 
-from lq.mixed_precision.constraints import PrecisionConstraints
+from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError
 from lq.mixed_precision.guard import GuardReport, Rung, accuracy_guard
 from lq.mixed_precision.loop import Trial
 from lq.mixed_precision.measured import Drop, paired_drop
@@ -15,6 +15,7 @@ __all__ = [
     "Rung",
     "SearchedPlan",
     "Trial",
+    "UnreachableError",
     "VerifiedPlan",
     "accuracy_guard",
     "paired_drop",

@@ -15,6 +15,10 @@ FORMATS_IN_PLAY = ("fp32", "bf16", "fp16", "fp8_e4m3", "int8", "int4")
 """What a plan may give a layer; int4 to weights alone. Or two of them as ``weights/inputs``."""
 
 
+class UnreachableError(ValueError):
+    """No plan keeps to the limits."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """One limit, as the user wrote it and as the search takes it.
@@ -144,6 +148,19 @@ class PrecisionConstraints:
             return Limit(name, given, name.removeprefix("max_"), given)
         quantity = {"min_compression": "size_mb", "min_speedup": "latency_ms"}[name]
         return Limit(name, given, quantity, costs.total(quantity, {}) / given)
+
+    def allows(self, plan: Mapping[str, str]) -> bool:
+        """Return whether a plan has the formats that are allowed and pinned.
+
+        Float32 counts as allowed: layers that cannot be quantized have it.
+        """
+        pins = {layer: self.pin(layer) for layer in plan}
+        return all(
+            format == pins[layer]
+            if pins[layer] is not None
+            else self.formats is None or format in (*self.formats, "fp32")
+            for layer, format in plan.items()
+        )
 
     def pin(self, layer: str) -> str | None:
         """Return the format that a layer must have, if there is one."""

@@ -17,7 +17,7 @@ from torch import nn
 from lq.calibration import calibrate
 from lq.costs import Costs
 from lq.mixed_precision.bench import Bench, find_costs
-from lq.mixed_precision.constraints import PrecisionConstraints, keeps_to
+from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError, keeps_to
 from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.searching import search
 from lq.mixed_precision.verify import verified_search
@@ -26,7 +26,6 @@ from lq.repairs import METHODS, repair
 from lq.sensitivity import Sensitivity
 from lq.sensitivity.run import sweep
 from lq.spec import Recipe
-from lq.surgery import quantize
 
 log = logging.getLogger(__name__)
 FinetuneFunction = Callable[[nn.Module], nn.Module | None]
@@ -178,7 +177,7 @@ class _Ladder:
         model, note = None, ""
         try:
             model = climb()
-        except ValueError as error:  # limits that no plan keeps to
+        except UnreachableError as error:
             note = str(error)
         rung = Rung(name, note=note) if model is None else self._measured(name, model)
         rung = dataclasses.replace(rung, seconds=time.perf_counter() - started)
@@ -187,10 +186,10 @@ class _Ladder:
         return rung
 
     def calibrated(self) -> nn.Module:
-        """Return the model quantized as the recipe says, and calibrated."""
-        model = quantize(copy.deepcopy(self.model), self.recipe)
-        self._prepare(model)
-        return model
+        """Return the model quantized as recipe and pins say, and calibrated."""
+        pins = {name: self.constraints.pin(name) for name in self.costs.layers}
+        pinned = {name: format for name, format in pins.items() if format is not None}
+        return self.bench.prepared(pinned)
 
     def repaired(self) -> nn.Module:
         """Return the same, repaired."""
@@ -259,7 +258,8 @@ class _Ladder:
             values["latency_ms"] = self.bench.latency(model, self.costs.engine) or 0.0
         before = [rung.drop.mean for rung, _ in self.climbed if rung.drop is not None]
         gain = before[-1] - drop.mean if before else None
-        return Rung(name, plan, drop, values["size_mb"], gain, kept=keeps_to(self.limits, values))
+        kept = keeps_to(self.limits, values) and self.constraints.allows(plan)
+        return Rung(name, plan, drop, values["size_mb"], gain, kept=kept)
 
 
 def _upper(rung: Rung) -> float:

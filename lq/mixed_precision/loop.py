@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from lq.costs import Costs
-from lq.mixed_precision.constraints import PrecisionConstraints, keeps_to
+from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError, keeps_to
 from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.problem import build_problem
 from lq.mixed_precision.searching import SearchedPlan, solve, to_minimize
@@ -86,14 +86,14 @@ class SearchLoop:
         """Return what to try next, ``None`` where nothing better is to be expected.
 
         Raises:
-            ValueError: If no plan keeps to the limits, by predictions alone.
+            UnreachableError: If no plan keeps to the limits, by predictions alone.
         """
         score, kept = self.minimize == "score", self.kept
         if len(self.trials) >= TRIALS or (score and kept is not None):
             return None
         try:
             plan = self._search(score)
-        except ValueError:
+        except UnreachableError:
             if not self.trials:
                 raise
             return None
@@ -143,13 +143,13 @@ class SearchLoop:
         values = trial.values()
         return sum(max(values[x.quantity] / x.bound - 1, 0.0) for x in self.limits)
 
-    def failed(self) -> ValueError:
+    def failed(self) -> UnreachableError:
         """Return the error that says which limit no plan kept, and how near one came."""
         best = min(self.trials, key=self._excess)
         values = best.values()
         broken = next(limit for limit in self.limits if not keeps_to([limit], values))
         beside = ", ".join(f"{x.name}={x.given:g}" for x in self.limits if x is not broken)
-        return ValueError(
+        return UnreachableError(
             f"Expected `{broken.name}` to be reachable{' beside ' * bool(beside)}{beside}, but got "
             f"{broken.given:g}; the nearest of {len(self.trials)} plans that were measured is "
             f"{broken.nearest(values[broken.quantity]):.4g} ({best.drop})."

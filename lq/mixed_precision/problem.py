@@ -72,7 +72,7 @@ def build_problem(
     pairs = [
         (index, format)
         for index, unit in enumerate(sensitivity.units)
-        for format in _formats(sensitivity, constraints, unit)
+        for format in _formats(sensitivity, constraints, unit, costs)
     ]
     units = tuple(sensitivity.units)
     score = np.array([max(sensitivity.score(units[i], f), 0.0) for i, f in pairs])
@@ -123,12 +123,16 @@ def accuracy_per_score(sensitivity: Sensitivity) -> float:
 
 
 def _formats(
-    sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str
+    sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str, costs: Costs | None
 ) -> tuple[str, ...]:
-    """Return the formats that a unit may have, the widest first."""
+    """Return the formats that a unit may have, the widest first.
+
+    Unless they are named, that leaves out what the engine that was timed does not run.
+    """
     swept = ("fp32", *sensitivity.formats)
     pinned = _pin(sensitivity, constraints, unit)
-    wanted = (pinned,) if pinned else constraints.formats or swept
+    run = [f for f in swept if costs is None or costs.runs(f)]
+    wanted = (pinned,) if pinned else constraints.formats or run
     for format in wanted:
         if format not in swept:
             raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from lq.costs import QUANTITIES, Costs
 from lq.messages import suggest
-from lq.mixed_precision.constraints import Limit, PrecisionConstraints
+from lq.mixed_precision.constraints import Limit, PrecisionConstraints, UnreachableError
 from lq.mixed_precision.problem import Array, Problem, build_problem, ties
 from lq.mixed_precision.solver import solve_exactly, solve_greedily
 from lq.plan import PrecisionPlan
@@ -84,7 +84,8 @@ def search(
             given, the score where a cost is limited, and the size where only accuracy is.
 
     Raises:
-        ValueError: If no plan keeps to the limits: which one fails, and its nearest value.
+        UnreachableError: If no plan keeps to the limits, a ``ValueError`` that says which one fails
+            and its nearest value.
 
     Example:
         >>> import torch
@@ -101,7 +102,8 @@ def search(
         ({'0': 'int8', '1': 'fp32'}, 0.001)
         >>> search(swept, PrecisionConstraints(max_size_mb=0.004), costs)
         Traceback (most recent call last):
-        ValueError: Expected `max_size_mb` to be reachable, but got 0.004; the nearest is 0.005192.
+        lq.mixed_precision.constraints.UnreachableError: Expected `max_size_mb` to be reachable, but
+        got 0.004; the nearest is 0.005192.
     """
     costs = sensitivity.costs if costs is None else costs
     problem = build_problem(sensitivity, constraints, costs)
@@ -125,7 +127,7 @@ def solve(
     left_out = [problem.chosen(plan.units) for plan in without]
     exact = solve_exactly(problem, objective, limits, tie, left_out)
     if exact is None:
-        raise ValueError("Expected another plan that keeps to the limits, but there is none.")
+        raise UnreachableError("Expected another plan that keeps to the limits, but found none.")
     greedy = None if without else solve_greedily(problem, objective, limits)
     if greedy is not None and objective[greedy].sum() < objective[exact].sum() * (1 - 1e-6):
         raise RuntimeError(
@@ -180,14 +182,14 @@ def pareto_front(
 
 
 def check_reachable(problem: Problem, limits: Sequence[Limit]) -> None:
-    """Raise a ``ValueError`` for the first limit that cannot be kept beside those before it."""
+    """Raise an ``UnreachableError`` for the first limit that those before it leave no room for."""
     for index, limit in enumerate(limits):
-        for others in ([], limits[:index]):
+        for others in ([], limits[:index])[: index + 1]:
             best = solve_exactly(problem, problem.values[limit.quantity], others)
             least = problem.total(limit.quantity, best) if best is not None else np.inf
             if least > limit.bound * (1 + 1e-9):
                 beside = ", ".join(f"{other.name}={other.given:g}" for other in others)
-                raise ValueError(
+                raise UnreachableError(
                     f"Expected `{limit.name}` to be reachable{' beside ' * bool(beside)}{beside}, "
                     f"but got {limit.given:g}; the nearest is {limit.nearest(least):.4g}."
                 )

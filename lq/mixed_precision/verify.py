@@ -71,7 +71,7 @@ def verified_search(
         minimize: As for ``search``.
 
     Raises:
-        ValueError: If no plan keeps to the limits: which one fails, and its nearest value.
+        UnreachableError: If no plan keeps to the limits: which one fails, and its nearest value.
     """
     costs = costs or find_costs(model, next(iter(batches)), constraints, sensitivity.formats)
     loop = SearchLoop(sensitivity, constraints, costs, minimize)
