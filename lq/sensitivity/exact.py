@@ -16,6 +16,7 @@ from lq.samples import first_samples
 from lq.sensitivity.comparing import compare, describe
 from lq.sensitivity.journal import FLOAT as FLOAT_MODEL
 from lq.sensitivity.journal import Journal
+from lq.sensitivity.passed import passed_on
 from lq.sensitivity.replay import Departure, Replay
 from lq.sensitivity.states import FLOAT, State, States
 
@@ -82,7 +83,8 @@ class Exact:
         for format in {v.base: None for v in variants if v.base}:
             self.bases[format] = states.state(format, states.layers, alone=False)
         self._targets = {v: self._state(v) for v in variants}
-        self.replay = Replay(states.model)
+        changeable = {name for target in self._targets.values() for name in target}
+        self.replay = Replay(states.model, passed_on(states.dataflow, changeable))
         self.model = states.model
         self.fallback = ""
         self.costs: dict[Variant, float] = {}

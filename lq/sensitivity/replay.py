@@ -55,13 +55,15 @@ class Replay:
 
     Args:
         model: In eval mode; without gradients while it runs.
+        passed_on: Modules whose output is of no use once the next module's is there; it is not
+            kept, and a replay gives that module an empty tensor instead.
 
     Attributes:
         calls: Those of the recorded pass, in the order they began.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, passed_on: Iterable[str] = ()) -> None:
+        self.model, self._passed_on = model, set(passed_on)
         self.calls: list[Call] = []
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
@@ -193,11 +195,18 @@ class Replay:
         call.end = len(self.calls)
         call.known = _is_known(output)
         found = tensors(output)
+        if isinstance(output, Tensor) and self._names[module] in self._passed_on:
+            call.output = output.new_empty(()).expand(output.shape)
+            call.versions = _versions(call.output)
+            return self._counted(module, args, output)
         call.copied = call.key in self._fragile or any(t.is_inference() for t in found)
         if call.known:
             call.output = _copied(output) if call.copied else output
         call.versions = [] if call.copied else _versions(call.output)
-        if is_quantizable(module) and found:
+        return self._counted(module, args, output)
+
+    def _counted(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if is_quantizable(module) and (found := tensors(output)):
             self._macs += _macs(module, args, found[0])
         return output
 
