@@ -113,29 +113,24 @@ class Exact:
             recorded = output_of(self.replay.record(*call))
             if not same(recorded, output_of(self.replay.run(*call))):
                 self._fall_back("the model gives other outputs when it is run again")
-            whole = [v for v in self.variants if v.base == base]
-            remaining, total = self.replay.costs()
-            for variant in whole:
-                self._probe_one(variant, call, remaining, total)
+            total = self.replay.macs
+            for variant in (v for v in self.variants if v.base == base):
+                self.costs[variant] = self._probe_one(variant, call) / max(total, 1)
         self.states.go(FLOAT)
         if self.fallback:
-            self.costs = dict.fromkeys(self.variants, 1.0)
+            self.costs = {v: 1.0 if v.unit else 0.0 for v in self.variants}
 
-    def _probe_one(
-        self, variant: Variant, call: Call, remaining: Sequence[int], total: int
-    ) -> None:
+    def _probe_one(self, variant: Variant, call: Call) -> int:
+        """Compare a replay with a whole pass; return its multiply-accumulates."""
         changed = self.states.changed(self._targets[variant])
-        if not changed:
-            self.costs[variant] = 0.0
-            return
-        start = self.replay.start(changed)
-        self.costs[variant] = remaining[start] / total if total else 1.0
-        if self.fallback:
-            return
+        if not changed or self.fallback:
+            return 0
         base = self.states.now
         self.states.go(self._targets[variant])
+        macs = 0
         try:
-            replayed = output_of(self.replay.replay(changed, *call))
+            replayed = output_of(self.replay.replay(changed, *call)).clone()
+            macs = self.replay.macs
             if not same(replayed, output_of(self.replay.run(*call))):
                 self._fall_back(
                     f"{variant.unit!r} changes the outputs otherwise in a replay than in a whole "
@@ -146,6 +141,7 @@ class Exact:
         self.states.go(base)
         if self.replay.spoilt():
             self.replay.record(*call)
+        return macs
 
     def _fall_back(self, reason: str) -> None:
         if not self.fallback:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lq.dataflow import Dataflow, Flow
+from lq.sensitivity.replay import around
 
 
 def passed_on(dataflow: Dataflow, changeable: Iterable[str]) -> set[str]:
@@ -24,12 +25,12 @@ def passed_on(dataflow: Dataflow, changeable: Iterable[str]) -> set[str]:
         >>> passed_on(Dataflow(model), ["0", "2"])
         {'0'}
     """
-    around = {part for name in changeable for part in _parts(name)}
+    inside = {part for name in changeable for part in around(name)}
     return {
         name
         for flow in dataflow.flows.values()
         for name, reader in _single_readers(dataflow, flow)
-        if reader not in around and not _is_hooked(dataflow, reader)
+        if reader not in inside and not _is_hooked(dataflow, reader)
     }
 
 
@@ -43,12 +44,6 @@ def _single_readers(dataflow: Dataflow, flow: Flow) -> Iterable[tuple[str, str]]
             name, reader = dataflow.child(flow, node), dataflow.child(flow, user)
             if flow.calls[name] == flow.calls[reader] == 1:
                 yield name, reader
-
-
-def _parts(name: str) -> list[str]:
-    """Return a module's name and those of all modules around it."""
-    parts = name.split(".")
-    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
 
 
 def _is_hooked(dataflow: Dataflow, name: str) -> bool:
