@@ -7,6 +7,7 @@ from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
 from lq.repairs import repair
+from lq.sensitivity import sweep
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
@@ -38,6 +39,7 @@ __all__ = [
     "parity",
     "quantize",
     "repair",
+    "sweep",
 ]
 
 # Resolved on first use, so that `import lq` imports neither lightning nor onnx.

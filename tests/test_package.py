@@ -25,6 +25,7 @@ LEVELS = [
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration"},
     {"repairs"},
+    {"sensitivity"},
     {"export"},
     {"engines"},
     {
@@ -92,6 +93,7 @@ def test_public_names() -> None:
         "parity",
         "quantize",
         "repair",
+        "sweep",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name
