@@ -8,6 +8,7 @@ from lq.callbacks.engine_comparison import EngineComparison
 from lq.callbacks.export import Export
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.quantizer_monitor import QuantizerMonitor
+from lq.callbacks.sensitivity_sweep import SensitivitySweep
 
 __all__ = [
     "Calibration",
@@ -15,4 +16,5 @@ __all__ = [
     "Export",
     "QuantizationAwareTraining",
     "QuantizerMonitor",
+    "SensitivitySweep",
 ]

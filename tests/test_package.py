@@ -103,6 +103,7 @@ def test_public_names() -> None:
         "Export",
         "QuantizationAwareTraining",
         "QuantizerMonitor",
+        "SensitivitySweep",
     }
 
 

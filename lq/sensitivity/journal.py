@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,10 @@ class Journal:
                 "begin again."
             )
 
-    def values(self, variant: str) -> np.ndarray:
-        """Return the values ``[N, 5]`` of a variant over its batches."""
-        found = sorted((b, v) for (name, b), v in self._values.items() if name == variant)
-        return np.concatenate([v for _, v in found]) if found else np.zeros((0, 5), np.float32)
+    def values(self, variant: str, until: float = math.inf) -> np.ndarray:
+        """Return the values ``[N, 5]`` of a variant over its batches, up to one of them."""
+        found = [self._values[variant, b] for b in self.batches(variant) if b <= until]
+        return np.concatenate(found) if found else np.zeros((0, 5), np.float32)
 
     def batches(self, variant: str) -> list[int]:
         """Return the batches that a variant was measured on."""
