@@ -24,6 +24,7 @@ FACTORIES = {
 SHORT = {
     "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
+    "sensitivity": ["--batches=1"],
 }
 
 
@@ -88,7 +89,9 @@ def prepared(path: Path, folder: Path) -> list[str]:
     return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
 
 
-@pytest.mark.parametrize("path", configs("float", "ptq", "qat"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", configs("float", "ptq", "qat", "sensitivity"), ids=lambda p: p.stem
+)
 def test_config(path: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepared(path, tmp_path)
@@ -99,6 +102,7 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
         "float": {"last.ckpt", "best.ckpt"},
         "ptq": {"last.ckpt", *exported},
         "qat": {"last.ckpt", "best.ckpt", *exported},
+        "sensitivity": {"sensitivity.json", "sensitivity.csv", "sensitivity.jsonl"},
     }
     assert expected[path.stem.rsplit("_", 1)[1]] <= produced
 

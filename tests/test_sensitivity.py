@@ -463,7 +463,7 @@ from lq.sensitivity.journal import Journal
 add = Journal.add
 def dies(journal, *args):
     add(journal, *args)
-    if len(journal._values) == 9:
+    if sum(map(len, journal._values.values())) == 9:
         os._exit(9)
 Journal.add = dies
 lq.sweep(model_of(digits_cnn), batches(4, channels=1, classes=10), journal={str(tmp_path / "j")!r},

@@ -67,6 +67,7 @@ class Exact:
         progress: Called with the forward passes that were done.
         fallback: Why whole passes are run instead of replays; empty where they are not.
         costs: Variant -> forward passes that it takes, by multiply-accumulates.
+        until: Variant -> the last batch that it was to be measured on.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Exact:
         self.model = states.model
         self.fallback = ""
         self.costs: dict[Variant, float] = {}
+        self.until: dict[Variant, int] = {}
 
     def _state(self, variant: Variant) -> State:
         if not variant.unit:
@@ -150,6 +152,7 @@ class Exact:
 
     def measure(self, index: int, batch: Any, variants: Sequence[Variant]) -> None:
         """Measure variants on a batch, those of this rank that are not in the journal."""
+        self.until |= dict.fromkeys(variants, index)
         mine = list(variants)[rank() :: world_size()]
         todo = [v for v in mine if not self.journal.has(v.key, index)]
         if not todo and self.journal.has(FLOAT_MODEL, index):
@@ -202,10 +205,9 @@ class Exact:
         return len(self.bases) + sum(self.costs.values())
 
     def passes(self) -> float:
-        """Return the forward passes that what is in the journal takes."""
-        batches = {v: self.journal.batches(v.key) for v in self.variants}
-        recorded = {(v.base, index) for v, found in batches.items() for index in found}
-        return len(recorded) + sum(self.costs[v] * len(found) for v, found in batches.items())
+        """Return the forward passes that all that was to be measured takes."""
+        recorded = {(v.base, i) for v, last in self.until.items() for i in range(last + 1)}
+        return len(recorded) + sum(self.costs[v] * (last + 1) for v, last in self.until.items())
 
 
 def output_of(output: Any) -> Tensor:

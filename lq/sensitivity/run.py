@@ -115,7 +115,7 @@ def sweep(
             halving = _halving(meter, batches, metric, top) if method == "adaptive" else None
             data, seen = _go_through(meter, batches, halving, progress)
     passes = meter.passes() / (len(batches) if isinstance(batches, Sized) else seen)
-    rows, whole, n, top1 = assemble(meter.variants, notes, metric)
+    rows, whole, n, top1 = assemble(meter.until, notes, metric)
     return Sensitivity(
         found=rows,
         units=found,
