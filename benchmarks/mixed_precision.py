@@ -36,7 +36,6 @@ from lq.mixed_precision import (
 from lq.models import digits_cnn
 from lq.plan import PrecisionPlan
 from lq.sensitivity import Sensitivity
-from lq.sensitivity.run import sweep
 
 RECIPE = lq.Recipe(residual=None)  # as the other toolkit is asked to
 FORMATS = ("int8", "fp16")
@@ -200,7 +199,7 @@ def published(case_name: str, count: int, images: int) -> tuple[Bench, Sensitivi
     swept = list(batches(Subset(train, range(count)), 32))
     bench = Bench(case.model(), calibration, list(batches(case.data("test", images), 50)))
     started = time.perf_counter()
-    found = sweep(
+    found = lq.sweep(
         bench.model,
         swept,
         FORMATS,
@@ -226,7 +225,7 @@ def digits(formats: tuple[str, ...] = ("int8", "int4")) -> tuple[Bench, Sensitiv
     calibration = list(data.calibration_dataloader())
     test = [*data.val_dataloader(), *data.test_dataloader()]
     bench = Bench(model.eval(), calibration, test)
-    found = sweep(model, calibration, formats, metric="kl", recipe=RECIPE, progress=False)
+    found = lq.sweep(model, calibration, formats, metric="kl", recipe=RECIPE, progress=False)
     return bench, found
 
 

@@ -9,6 +9,7 @@ from lq.callbacks.export import Export
 from lq.callbacks.mixed_precision import MixedPrecision
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.quantizer_monitor import QuantizerMonitor
+from lq.callbacks.sensitivity_sweep import SensitivitySweep
 
 __all__ = [
     "Calibration",
@@ -17,4 +18,5 @@ __all__ = [
     "MixedPrecision",
     "QuantizationAwareTraining",
     "QuantizerMonitor",
+    "SensitivitySweep",
 ]

@@ -7,6 +7,7 @@ from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
 from lq.repairs import repair
+from lq.sensitivity import sweep
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
@@ -55,6 +56,7 @@ __all__ = [
     "quantize",
     "repair",
     "search",
+    "sweep",
     "verified_search",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lq
 from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
+from lq.callbacks.sensitivity_sweep import save, shuffled
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.costs import count_costs
@@ -26,8 +27,8 @@ from lq.latency import measure_latency
 from lq.messages import one_line
 from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_search
 from lq.module import QuantModule
-from lq.sensitivity import Sensitivity
-from lq.sensitivity.run import sweep
+from lq.sensitivity import Sensitivity, sweep
+from lq.sensitivity.run import FirstBatches
 from lq.spec import Recipe
 from lq.surgery import dequantize, quantized_layers
 
@@ -37,7 +38,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate, search and export."""
+    """Lightning's Trainer, which can also calibrate, sweep, search and export."""
 
     def export(
         self,
@@ -62,7 +63,7 @@ class Trainer(L.Trainer):
         """
         if ckpt_path is None:
             raise ValueError("Expected a checkpoint to export; give one with --ckpt_path.")
-        samples = list(self._prepared(model, datamodule, ckpt_path, batches))
+        samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
         if not samples:
             raise ValueError(
                 "Expected `batches` to be at least 1, but got none; give another --batches or "
@@ -106,11 +107,61 @@ class Trainer(L.Trainer):
             cache: File of the ranges. Used if it is of the same model and data, refused if of
                 others.
         """
-        samples = self._prepared(model, datamodule, ckpt_path, batches)
+        samples = islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0))
         if isinstance(datamodule, ImageDataModule):
             print(datamodule.calibration_dataset().report())
         print(find_ranges(target_module(model, None), samples, calibrator, cache=cache).table())
         print(f"Ranges: {cache}")
+
+    def sensitivity(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None = None,
+        path: str = "sensitivity.json",
+        formats: list[str] = ["int8"],  # noqa: B006
+        method: str = "exact",
+        metric: str | None = None,
+        units: str = "layers",
+        left_float: bool = False,
+        batches: int = 16,
+        calibrator: str = "max",
+    ) -> None:
+        """Measure what each layer costs in each number format, and print the worst first.
+
+        A sweep that was killed goes on where it stopped, from the journal beside `path`.
+
+        Args:
+            model: The module to sweep; its recipe says what else is quantized where a layer is.
+            datamodule: Gives the validation data to measure on, and the batches to calibrate with.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            path: JSON file to write; a CSV file and the journal lie beside it.
+            formats: int8, fp8_e4m3, fp16, bf16, int4 (weights alone), ...
+            method: exact, adaptive (exact, on few batches for clear cases), or gradient (an
+                estimate from one backward pass a batch).
+            metric: What layers are ranked by: top1, top5, loss, kl or sqnr; top1 where there are
+                class numbers, unless given.
+            units: layers, inputs (layers that read one tensor), or blocks.
+            left_float: Also measure each unit left float in a model that is all in the format.
+            batches: How many batches of validation data to measure on, in a fixed random order.
+            calibrator: How ranges are found: max, percentile, entropy or mse.
+        """
+        calibration = FirstBatches(self._prepared(model, datamodule, ckpt_path))
+        found = sweep(
+            dequantize(target_module(model, None)),
+            shuffled(datamodule.val_dataloader(), batches),
+            formats,
+            method,
+            metric,
+            model.recipe or "tensorrt_int8",
+            units,
+            left_float=left_float,
+            calibration=calibration,
+            calibrator=calibrator,
+            journal=Path(path).with_suffix(".jsonl"),
+        )
+        save(found, Path(path))
+        print(f"{found.table()}\nSensitivity: {path}")
 
     def search(
         self,
@@ -142,7 +193,9 @@ class Trainer(L.Trainer):
             batches: How many calibration batches to look at.
             latency_cache: JSON file of latencies by hardware, where a latency is limited.
         """
-        samples = list(self._prepared(model, datamodule, ckpt_path, batches))
+        samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
+        if not samples:
+            raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
         recipe = model.recipe or Recipe()
         net = dequantize(model.model).eval()
         found = (
@@ -168,16 +221,15 @@ class Trainer(L.Trainer):
         model: QuantModule,
         datamodule: L.LightningDataModule,
         ckpt_path: str | None,
-        batches: int,
-    ) -> Iterator[Any]:
-        """Configure a module, give it a checkpoint's weights, and return batches of data."""
+    ) -> Iterable[Any]:
+        """Configure a module, give it a checkpoint's weights, and return calibration batches."""
         model.configure_model()
         if ckpt_path is not None:
             model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.datamodule = datamodule
-        return islice(calibration_batches(self), max(batches, 0))
+        return calibration_batches(self)
 
 
 class CLI(LightningCLI):
@@ -186,8 +238,9 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, with the arguments that the CLI fills in itself."""
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "export", "search")}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("calibrate", "export", "search", "sensitivity")
+        filled = {name: {"model", "datamodule"} for name in own}
+        return {**LightningCLI.subcommands(), **filled}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and read the checkpoint before anything is built on it."""

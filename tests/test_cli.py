@@ -109,6 +109,24 @@ def float_fit():
     return config(model__recipe=None, trainer__limit_train_batches=38, trainer__callbacks=callbacks)
 
 
+def test_sensitivity_goes_on_and_prints_the_worst_first(capsys):
+    settings = config()
+    torch.save(digits_cnn().state_dict(), "weights.pth")
+    arguments = ["--model.weights=weights.pth", "--batches=2", "--path=out/s.json"]
+    arguments += ["--formats=[int8,fp16]", "--metric=kl"]
+    cli.main(["sensitivity", *settings, *arguments])
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if " both " in line]
+    assert len(rows) == 10
+    assert float(rows[0][6]) >= float(rows[4][6])
+    assert Path("out/s.csv").is_file()
+    before = Path("out/s.jsonl").read_text()
+    cli.main(["sensitivity", *settings, *arguments])
+    assert capsys.readouterr().out == printed
+    assert Path("out/s.jsonl").read_text() == before
+    assert "did you mean 'int8'" in fails(capsys, ["sensitivity", *settings, "--formats=[int]"])
+
+
 def test_export_again_with_other_settings(capsys):
     settings = config()
     cli.main(["fit", *settings])
@@ -343,7 +361,8 @@ def test_traceback_on_demand(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "validate", "test", "predict", "calibrate", "export", "search"]
+    "command",
+    ["fit", "validate", "test", "predict", "calibrate", "sensitivity", "search", "export"],
 )
 def test_help_suffices(command, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -24,6 +24,7 @@ FACTORIES = {
 SHORT = {
     "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
+    "sensitivity": ["--batches=1"],
 }
 
 
@@ -90,7 +91,9 @@ def prepared(path: Path, folder: Path) -> list[str]:
     return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
 
 
-@pytest.mark.parametrize("path", configs("float", "ptq", "qat", "mixed"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", configs("float", "ptq", "qat", "sensitivity", "mixed"), ids=lambda p: p.stem
+)
 def test_config(path: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepared(path, tmp_path)
@@ -102,6 +105,7 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
         "ptq": {"last.ckpt", *exported},
         "mixed": {"last.ckpt", "plan.yaml", *exported},
         "qat": {"last.ckpt", "best.ckpt", *exported},
+        "sensitivity": {"sensitivity.json", "sensitivity.csv", "sensitivity.jsonl"},
     }
     assert expected[path.stem.rsplit("_", 1)[1]] <= produced
 

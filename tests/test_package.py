@@ -25,12 +25,13 @@ LEVELS = [
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {"digest", "ranges", "scoring", "collector", "calibration", "costs"},
     {"repairs"},
+    {"sensitivity"},
     {"export"},
     {"engines"},
     {
         *("agreement", "parity", "layer_parity", "evaluation"),
         *("curve", "convergence"),
-        *("plan", "latency", "sensitivity", "mixed_precision"),
+        *("plan", "latency", "mixed_precision"),
     },
     {"datasets"},
     {"models", "data", "module"},
@@ -100,6 +101,7 @@ def test_public_names() -> None:
         "quantize",
         "repair",
         "search",
+        "sweep",
         "verified_search",
     }
     for name in lq.__all__:
@@ -111,6 +113,7 @@ def test_public_names() -> None:
         "MixedPrecision",
         "QuantizationAwareTraining",
         "QuantizerMonitor",
+        "SensitivitySweep",
     }
 
 

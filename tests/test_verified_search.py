@@ -22,7 +22,6 @@ from lq.mixed_precision import (
 )
 from lq.mixed_precision.measured import rightness
 from lq.plan import PrecisionPlan
-from lq.sensitivity.run import sweep
 
 Batches = list[tuple[Tensor, Tensor]]
 NO_RESIDUAL = lq.Recipe(residual=None)
@@ -65,7 +64,7 @@ def digits() -> tuple[nn.Module, Batches, Batches, Batches]:
 def swept(digits):
     model, _, calibration, _ = digits
     formats = ["int8", "int4"]
-    return sweep(model, calibration, formats, metric="kl", recipe=NO_RESIDUAL, progress=False)
+    return lq.sweep(model, calibration, formats, metric="kl", recipe=NO_RESIDUAL, progress=False)
 
 
 def quantized(model: nn.Module, plan: PrecisionPlan, calibration: Batches) -> nn.Module:

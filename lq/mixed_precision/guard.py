@@ -23,8 +23,7 @@ from lq.mixed_precision.searching import search
 from lq.mixed_precision.verify import verified_search
 from lq.plan import PrecisionPlan
 from lq.repairs import METHODS, repair
-from lq.sensitivity import Sensitivity
-from lq.sensitivity.run import sweep
+from lq.sensitivity import Sensitivity, sweep
 from lq.spec import Recipe
 
 log = logging.getLogger(__name__)

@@ -110,7 +110,7 @@ class Halving:
         distances: dict[Variant, float] = {}
         for group in {(v.format, v.part): None for v in self.variants}:
             by_unit = {v.unit: v for v in self.variants if (v.format, v.part) == group}
-            values = {u: journal.values(v.key)[:, self.column] for u, v in by_unit.items()}
+            values = {u: journal.values(v.key, index)[:, self.column] for u, v in by_unit.items()}
             n = max(map(len, values.values()))
             if n < FEWEST:
                 return

@@ -16,6 +16,7 @@ from lq.samples import first_samples
 from lq.sensitivity.comparing import compare, describe
 from lq.sensitivity.journal import FLOAT as FLOAT_MODEL
 from lq.sensitivity.journal import Journal
+from lq.sensitivity.passed import passed_on
 from lq.sensitivity.replay import Departure, Replay
 from lq.sensitivity.states import FLOAT, State, States
 
@@ -66,6 +67,7 @@ class Exact:
         progress: Called with the forward passes that were done.
         fallback: Why whole passes are run instead of replays; empty where they are not.
         costs: Variant -> forward passes that it takes, by multiply-accumulates.
+        until: Variant -> the last batch that it was to be measured on.
     """
 
     def __init__(
@@ -82,10 +84,12 @@ class Exact:
         for format in {v.base: None for v in variants if v.base}:
             self.bases[format] = states.state(format, states.layers, alone=False)
         self._targets = {v: self._state(v) for v in variants}
-        self.replay = Replay(states.model)
+        changeable = {name for target in self._targets.values() for name in target}
+        self.replay = Replay(states.model, passed_on(states.dataflow, changeable))
         self.model = states.model
         self.fallback = ""
         self.costs: dict[Variant, float] = {}
+        self.until: dict[Variant, int] = {}
 
     def _state(self, variant: Variant) -> State:
         if not variant.unit:
@@ -111,29 +115,24 @@ class Exact:
             recorded = output_of(self.replay.record(*call))
             if not same(recorded, output_of(self.replay.run(*call))):
                 self._fall_back("the model gives other outputs when it is run again")
-            whole = [v for v in self.variants if v.base == base]
-            remaining, total = self.replay.costs()
-            for variant in whole:
-                self._probe_one(variant, call, remaining, total)
+            total = self.replay.macs
+            for variant in (v for v in self.variants if v.base == base):
+                self.costs[variant] = self._probe_one(variant, call) / max(total, 1)
         self.states.go(FLOAT)
         if self.fallback:
-            self.costs = dict.fromkeys(self.variants, 1.0)
+            self.costs = {v: 1.0 if v.unit else 0.0 for v in self.variants}
 
-    def _probe_one(
-        self, variant: Variant, call: Call, remaining: Sequence[int], total: int
-    ) -> None:
+    def _probe_one(self, variant: Variant, call: Call) -> int:
+        """Compare a replay with a whole pass; return its multiply-accumulates."""
         changed = self.states.changed(self._targets[variant])
-        if not changed:
-            self.costs[variant] = 0.0
-            return
-        start = self.replay.start(changed)
-        self.costs[variant] = remaining[start] / total if total else 1.0
-        if self.fallback:
-            return
+        if not changed or self.fallback:
+            return 0
         base = self.states.now
         self.states.go(self._targets[variant])
+        macs = 0
         try:
-            replayed = output_of(self.replay.replay(changed, *call))
+            replayed = output_of(self.replay.replay(changed, *call)).clone()
+            macs = self.replay.macs
             if not same(replayed, output_of(self.replay.run(*call))):
                 self._fall_back(
                     f"{variant.unit!r} changes the outputs otherwise in a replay than in a whole "
@@ -144,6 +143,7 @@ class Exact:
         self.states.go(base)
         if self.replay.spoilt():
             self.replay.record(*call)
+        return macs
 
     def _fall_back(self, reason: str) -> None:
         if not self.fallback:
@@ -152,6 +152,7 @@ class Exact:
 
     def measure(self, index: int, batch: Any, variants: Sequence[Variant]) -> None:
         """Measure variants on a batch, those of this rank that are not in the journal."""
+        self.until |= dict.fromkeys(variants, index)
         mine = list(variants)[rank() :: world_size()]
         todo = [v for v in mine if not self.journal.has(v.key, index)]
         if not todo and self.journal.has(FLOAT_MODEL, index):
@@ -204,10 +205,9 @@ class Exact:
         return len(self.bases) + sum(self.costs.values())
 
     def passes(self) -> float:
-        """Return the forward passes that what is in the journal takes."""
-        batches = {v: self.journal.batches(v.key) for v in self.variants}
-        recorded = {(v.base, index) for v, found in batches.items() for index in found}
-        return len(recorded) + sum(self.costs[v] * len(found) for v, found in batches.items())
+        """Return the forward passes that all that was to be measured takes."""
+        recorded = {(v.base, i) for v, last in self.until.items() for i in range(last + 1)}
+        return len(recorded) + sum(self.costs[v] * (last + 1) for v, last in self.until.items())
 
 
 def output_of(output: Any) -> Tensor:

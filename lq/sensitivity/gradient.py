@@ -42,6 +42,7 @@ class Gradient:
     Attributes:
         progress: Called with the forward passes that were done.
         fallback: Always empty.
+        until: Variant -> the last batch that it was to be estimated on.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Gradient:
         self.states, self.model, self.journal = states, states.model, journal
         self.variants, self.fallback = list(variants), ""
         self.progress: Callable[[float], object] = lambda done: None
+        self.until: dict[Variant, int] = {}
         targets = {v: states.state(v.format, units[v.unit], v.part) for v in variants}
         self.perturbed = Perturbed(states, targets)
 
@@ -72,8 +74,8 @@ class Gradient:
         return 2.0 + len({(v.format, v.part) for v in self.variants})
 
     def passes(self) -> float:
-        """Return the forward passes that what is in the journal took."""
-        return self.work() * len(self.journal.batches(FLOAT_MODEL))
+        """Return the forward passes that all that was to be estimated takes."""
+        return self.work() * (1 + max(self.until.values()))
 
     def probe(self, batch: Any) -> None:
         """Find out which axis of each layer's output the samples are along."""
@@ -90,6 +92,7 @@ class Gradient:
 
     def measure(self, index: int, batch: Any, variants: Sequence[Variant]) -> None:
         """Estimate variants on a batch, if it is this rank's and not in the journal."""
+        self.until |= dict.fromkeys(variants, index)
         known = all(self.journal.has(v.key, index) for v in variants)
         if index % world_size() != rank() or (known and self.journal.has(FLOAT_MODEL, index)):
             return

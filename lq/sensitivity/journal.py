@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Journal:
 
     def __init__(self, path: str | Path | None, header: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
-        self._values: dict[tuple[str, int], np.ndarray] = {}
+        self._values: dict[str, dict[int, np.ndarray]] = {}
         self._batches: dict[int, str] = {}
         if self.path is None:
             return
@@ -53,11 +54,11 @@ class Journal:
 
     def has(self, variant: str, batch: int) -> bool:
         """Return whether a variant was measured on a batch."""
-        return (variant, batch) in self._values
+        return batch in self._values.get(variant, {})
 
     def add(self, variant: str, batch: int, values: np.ndarray) -> None:
         """Keep the values ``[N, 5]`` of a batch."""
-        self._values[variant, batch] = values
+        self._values.setdefault(variant, {})[batch] = values
         text = base64.b64encode(values.astype("<f4").tobytes()).decode()
         self._write({"variant": variant, "batch": batch, "n": len(values), "values": text})
 
@@ -77,19 +78,16 @@ class Journal:
                 "begin again."
             )
 
-    def values(self, variant: str) -> np.ndarray:
-        """Return the values ``[N, 5]`` of a variant over its batches."""
-        found = sorted((b, v) for (name, b), v in self._values.items() if name == variant)
-        return np.concatenate([v for _, v in found]) if found else np.zeros((0, 5), np.float32)
-
-    def batches(self, variant: str) -> list[int]:
-        """Return the batches that a variant was measured on."""
-        return sorted(b for name, b in self._values if name == variant)
+    def values(self, variant: str, until: float = math.inf) -> np.ndarray:
+        """Return the values ``[N, 5]`` of a variant over its batches, up to one of them."""
+        found = [v for b, v in sorted(self._values.get(variant, {}).items()) if b <= until]
+        return np.concatenate(found) if found else np.zeros((0, 5), np.float32)
 
     def exchange(self) -> None:
         """Give every rank the values of all, where training is distributed."""
         for others in gathered(self._values):
-            self._values |= others
+            for variant, found in others.items():
+                self._values.setdefault(variant, {}).update(found)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
@@ -116,7 +114,8 @@ class Journal:
                     self._batches[line["batch"]] = line["sha256"]
                 else:
                     raw = np.frombuffer(base64.b64decode(line["values"]), "<f4")
-                    self._values[line["variant"], line["batch"]] = raw.reshape(line["n"], -1)
+                    found = self._values.setdefault(line["variant"], {})
+                    found[line["batch"]] = raw.reshape(line["n"], -1)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"Expected {str(file)!r} to be the journal of a sweep, but it cannot be read: "

@@ -29,40 +29,58 @@ class Call:
     Attributes:
         key: Which.
         end: How many calls had begun when it returned.
-        macs: Multiply-accumulates of all calls that began before it.
         output: What it returned; a copy where that is changed in place later.
         copied: Whether it is a copy, of which a replay must get a copy again.
         known: Whether all of the output can be kept: tensors in tuples, lists and mappings.
-        versions: How often each tensor in it had been changed in place.
+        passed_on: Whether the output was not kept, and an empty tensor stands for it.
+        versions: How often each tensor in the output had been changed in place.
+        given: The arguments, if all are tensors that are kept, and how often each was changed.
     """
 
     key: Key
-    macs: int
     end: int = 0
     output: Any = None
     copied: bool = False
     known: bool = False
+    passed_on: bool = False
     versions: list[int] = field(default_factory=list)
+    given: list[tuple[Tensor, int]] | None = None
+
+    def give(self) -> Any:
+        """Return the output, for a replay."""
+        return copied(self.output) if self.copied else self.output
+
+    def is_given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether arguments are those it was given."""
+        if self.given is None or kwargs or len(args) != len(self.given):
+            return False
+        pairs = zip(args, self.given, strict=True)
+        return all(x is kept and x._version == version for x, (kept, version) in pairs)
 
 
 class Replay:
     """Records a pass of a model module by module, and runs it again from where it changes.
 
-    What completed before the first changed module began has the same result again, so its
-    recording is given out, and the rest is computed. No tracing: a model may call modules several
-    times and in an order that depends on the data. What it may not do is draw random numbers, or
-    keep something from one pass to the next; ``lq.sensitivity.exact`` looks for that.
+    What completed before the first changed module began has the same result again, and so has
+    what is given the very tensors it was given before; the rest is computed. No tracing: a model
+    may call modules several times and in an order that depends on the data. What it may not do is
+    draw random numbers, or keep something from one pass to the next; ``lq.sensitivity.exact``
+    looks for that.
 
     Args:
         model: In eval mode; without gradients while it runs.
+        passed_on: Modules whose output is of no use once the next module's is there; it is not
+            kept, and a replay gives that module an empty tensor instead.
 
     Attributes:
         calls: Those of the recorded pass, in the order they began.
+        macs: Multiply-accumulates of layers that were computed in the last run.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, passed_on: Iterable[str] = ()) -> None:
+        self.model, self._passed_on = model, set(passed_on)
         self.calls: list[Call] = []
+        self.macs = 0
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = dict(model.named_modules())
         self._fragile: set[Key] = set()
@@ -70,7 +88,9 @@ class Replay:
         self._recording = False
         self._next, self._start = 0, 0
         self._seen: Counter[nn.Module] = Counter()
-        self._macs = 0
+        self._kept: set[int] = set()
+        self._first: dict[nn.Module, Call] = {}
+        self._affected: set[str] | None = None
 
     def __enter__(self) -> Replay:
         for module in self._modules.values():
@@ -86,7 +106,8 @@ class Replay:
         """Forget the recorded pass, and free its tensors."""
         self.calls = []
         self._seen.clear()
-        self._macs = 0
+        self._kept.clear()
+        self._first.clear()
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model as it is now, keep what every module returns, and return the output.
@@ -112,7 +133,8 @@ class Replay:
                 return output
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._recording = True
+        self._recording, self.macs = True, 0
+        self._keep([args, kwargs])
         try:
             return self.model(*args, **kwargs)
         finally:
@@ -122,10 +144,11 @@ class Replay:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the inputs of a run: a copy, unless they are known not to be changed."""
-        return (_copied(args), _copied(kwargs)) if self._copy_inputs else (args, kwargs)
+        return (copied(args), copied(kwargs)) if self._copy_inputs else (args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the whole model, without looking at the recording."""
+        self.macs = 0
         args, kwargs = self._given(args, kwargs)
         return self.model(*args, **kwargs)
 
@@ -153,12 +176,13 @@ class Replay:
         Raises:
             Departure: If the model goes another way before it reaches the first of them.
         """
+        changed = list(changed)
         self._next, self._start = 0, self.start(changed)
+        self._affected = {part for name in changed for part in around(name)}
         try:
-            output = self.run(args, kwargs)
+            return self.run(args, kwargs)
         finally:
-            self._start = 0
-        return output
+            self._start, self._affected = 0, None
 
     def spoilt(self) -> bool:
         """Return whether a kept tensor was changed in place, which calls for a new recording."""
@@ -172,41 +196,70 @@ class Replay:
         """Stand between a module's call and its forward."""
         if self._recording:
             return self._record(module, forward, args, kwargs)
-        if self._next >= self._start:
-            return forward(*args, **kwargs)
-        call = self.calls[self._next]
-        if call.key[0] is not module:
-            raise Departure(f"{self._names[module]!r} ran before {self._names[call.key[0]]!r}")
-        if call.end > self._start or not call.known:
+        if self._next < self._start:
+            call = self.calls[self._next]
+            if call.key[0] is not module:
+                raise Departure(f"{self._names[module]!r} ran before {self._names[call.key[0]]!r}")
+            if call.end <= self._start and call.known:
+                self._next = call.end
+                return call.give()
             self._next += 1
-            return forward(*args, **kwargs)
-        self._next = call.end
-        return _copied(call.output) if call.copied else call.output
+        elif self._affected is not None and self._names[module] not in self._affected:
+            call = self._only_call(module)
+            if call is not None and call.is_given(args, kwargs):
+                return call.give()
+        return self._computed(module, forward, args, kwargs)
+
+    def _only_call(self, module: nn.Module) -> Call | None:
+        """Return the recorded call of a module that was called once, if its output was kept."""
+        if self._seen[module] != 1:
+            return None
+        call = self._first[module]
+        return call if call.known and not call.passed_on else None
+
+    def _computed(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        output = forward(*args, **kwargs)
+        if is_quantizable(module) and (found := tensors(output)):
+            self.macs += _macs(module, args, found[0])
+        return output
 
     def _record(
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        call = Call((module, self._seen[module]), self._macs)
+        call = Call((module, self._seen[module]))
+        if not kwargs and all(id(x) in self._kept for x in args):
+            call.given = [(x, x._version) for x in args]
         self._seen[module] += 1
+        self._first.setdefault(module, call)
         self.calls.append(call)
-        output = forward(*args, **kwargs)
-        call.end = len(self.calls)
-        call.known = _is_known(output)
-        found = tensors(output)
-        call.copied = call.key in self._fragile or any(t.is_inference() for t in found)
-        if call.known:
-            call.output = _copied(output) if call.copied else output
+        output = self._computed(module, forward, args, kwargs)
+        call.end, call.known = len(self.calls), _is_known(output)
+        call.passed_on = isinstance(output, Tensor) and self._names[module] in self._passed_on
+        if call.passed_on:
+            call.output = output.new_empty(()).expand(output.shape)
+        elif call.known:
+            inference = any(t.is_inference() for t in tensors(output))  # has no version
+            call.copied = inference or call.key in self._fragile
+            call.output = copied(output) if call.copied else output
+            self._keep([] if call.copied else output)
         call.versions = [] if call.copied else _versions(call.output)
-        if is_quantizable(module) and found:
-            self._macs += _macs(module, args, found[0])
         return output
 
-    def costs(self) -> tuple[list[int], int]:
-        """Return the multiply-accumulates from each recorded call on, and those of the pass.
+    def _keep(self, output: Any) -> None:
+        self._kept |= {id(t) for t in tensors(output) if not t.is_inference()}
 
-        After the last call there are none.
-        """
-        return [*(self._macs - call.macs for call in self.calls), 0], self._macs
+
+def around(name: str) -> list[str]:
+    """Return the names of a module and of all modules around it.
+
+    Example:
+        >>> around("layer1.0.conv1")
+        ['', 'layer1', 'layer1.0', 'layer1.0.conv1']
+    """
+    parts = name.split(".")
+    return list(dict.fromkeys(["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]))
 
 
 def _versions(output: Any) -> list[int]:
@@ -221,15 +274,15 @@ def _is_known(output: Any) -> bool:
     return output is None or isinstance(output, (Tensor, bool, int, float, str))
 
 
-def _copied(output: Any) -> Any:
+def copied(output: Any) -> Any:
     """Return a copy that shares no tensor; other values, which cannot change, as they are."""
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, Mapping):
-        copied: Any = {key: _copied(value) for key, value in output.items()}
-        return copied if type(output) is dict else type(output)(copied)
+        values: Any = {key: copied(value) for key, value in output.items()}
+        return values if type(output) is dict else type(output)(values)
     if isinstance(output, (list, tuple)):
-        parts = [_copied(value) for value in output]
+        parts = [copied(value) for value in output]
         named = hasattr(output, "_fields")  # a namedtuple takes its values one by one
         return type(output)(*parts) if named else type(output)(parts)
     return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,23 +17,28 @@ from lq.sensitivity.result import LayerSensitivity
 Assembled = tuple[list[LayerSensitivity], dict[str, Measures], int, float]
 
 
-def assemble(variants: Sequence[Variant], journal: Journal, metric: str) -> Assembled:
-    """Return the rows of all units, the measures of whole formats, samples, and float top-1."""
-    floats = journal.values(FLOAT)
+def assemble(until: Mapping[Variant, int], journal: Journal, metric: str) -> Assembled:
+    """Return the rows of all units, the measures of whole formats, samples, and float top-1.
+
+    Args:
+        until: Variant -> the last batch of it that counts.
+        journal: The values of samples.
+        metric: What units are ranked by.
+    """
+    floats = journal.values(FLOAT, max(until.values()))
     found: dict[Variant, Measures] = {}
-    counts = {v: len(journal.values(v.key)) for v in variants}
-    for n in sorted({*counts.values()} - {0}):
-        values = {v.key: journal.values(v.key) for v in variants if counts[v] == n}
+    counts = {v: len(journal.values(v.key, last)) for v, last in until.items()}
+    for n in sorted({*counts.values()}):
+        values = {v.key: journal.values(v.key, until[v]) for v in until if counts[v] == n}
         by_key = measures(values, floats[:n, -1].astype(np.float64))
-        found |= {v: by_key[v.key] for v in variants if counts[v] == n}
+        found |= {v: by_key[v.key] for v in until if counts[v] == n}
     rows = [
         _row(v, found[v], found.get(dataclasses.replace(v, left_float=True)), counts[v], metric)
-        for v in variants
+        for v in until
         if v.unit and not v.left_float
     ]
-    whole = {v.format: found[v] for v in variants if not v.unit}
-    top1 = float(floats[:, 0].mean(dtype=np.float64)) if len(floats) else math.nan
-    return rows, whole, len(floats), top1
+    whole = {v.format: found[v] for v in until if not v.unit}
+    return rows, whole, len(floats), float(floats[:, 0].mean(dtype=np.float64))
 
 
 def _row(

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -100,7 +101,8 @@ def sweep(
     recipe = Recipe.parse(recipe)
     check_arguments(model, batches, formats, method, parts, left_float, calibrator)
     first = first_batch(batches)
-    with eval_mode(model):
+    # Lightning validates in inference mode, whose tensors do not tell when they are changed.
+    with torch.inference_mode(False), eval_mode(model):
         metric = metric_for(model, first, method, metric)
         calibration = FirstBatches(batches) if calibration is None else calibration
         states = States(model, recipe, formats, calibration, calibrator, progress)
@@ -114,7 +116,7 @@ def sweep(
             halving = _halving(meter, batches, metric, top) if method == "adaptive" else None
             data, seen = _go_through(meter, batches, halving, progress)
     passes = meter.passes() / (len(batches) if isinstance(batches, Sized) else seen)
-    rows, whole, n, top1 = assemble(meter.variants, notes, metric)
+    rows, whole, n, top1 = assemble(meter.until, notes, metric)
     return Sensitivity(
         found=rows,
         units=found,

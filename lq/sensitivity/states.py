@@ -20,6 +20,7 @@ from lq.placement import INPUT, place
 from lq.quantizer import Mode, Quantizer
 from lq.ranges import Range, Ranges
 from lq.sensitivity.recorded import forget, record
+from lq.sensitivity.replay import copied
 from lq.sites import QuantSites, Site, attach, detach
 from lq.spec import FLOAT_LAYER, SKIP, LayerSpec, Recipe
 from lq.surgery import dequantize, leave_fast_path, quantizable_layers, quantize, quantized_layers
@@ -110,7 +111,9 @@ class States:
         try:
             found = _all_quantizers(model)
             if any(q.spec.needs_scale for site, q in found.items() if site.slot != WEIGHT):
-                find_ranges(model, calibration, calibrator, progress)
+                # A model may change its inputs in place.
+                given = (copied(batch) for batch in calibration)
+                find_ranges(model, given, calibrator, progress)
             elif any(q.spec.needs_scale for q in found.values()):
                 candidates = weight_candidates(model, [calibrator])
                 Ranges(
