@@ -7,47 +7,74 @@ from lq.checkpoint import load_from_checkpoint
 from lq.parity import parity  # eager: the module of this name must not hide the function
 from lq.quantizer import Mode, Quantizer
 from lq.repairs import repair
+from lq.sensitivity import sweep
 from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:
     from lq.convergence import calibration_curve
+    from lq.costs import count_costs
     from lq.engines import open_engine
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
+    from lq.latency import measure_latency
+    from lq.mixed_precision import (
+        PrecisionConstraints,
+        accuracy_guard,
+        pareto_front,
+        search,
+        verified_search,
+    )
     from lq.module import QuantModule
+    from lq.plan import PrecisionPlan
 
 __version__ = "0.1.0"
 __all__ = [
     "Mode",
+    "PrecisionConstraints",
+    "PrecisionPlan",
     "QuantModule",
     "QuantSpec",
     "Quantizer",
     "Recipe",
     "Rule",
+    "accuracy_guard",
     "build_engine",
     "calibrate",
     "calibration_curve",
+    "count_costs",
     "dequantize",
     "evaluate",
     "export_onnx",
     "find_ranges",
     "lint",
     "load_from_checkpoint",
+    "measure_latency",
     "open_engine",
+    "pareto_front",
     "parity",
     "quantize",
     "repair",
+    "search",
+    "sweep",
+    "verified_search",
 ]
 
 # Resolved on first use, so that `import lq` imports neither lightning nor onnx.
 _LAZY = {
+    **dict.fromkeys(
+        ("PrecisionConstraints", "accuracy_guard", "pareto_front", "search", "verified_search"),
+        "lq.mixed_precision",
+    ),
+    "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",
     "calibration_curve": "lq.convergence",
+    "count_costs": "lq.costs",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
     "lint": "lq.export",
+    "measure_latency": "lq.latency",
     "open_engine": "lq.engines",
 }
 

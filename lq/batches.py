@@ -71,3 +71,22 @@ def tensors(output: Any) -> list[Tensor]:
     if isinstance(output, (list, tuple)):
         return [tensor for part in output for tensor in tensors(part)]
     return []
+
+
+def class_targets(batch: Any, output: Tensor) -> Tensor | None:
+    """Return the class numbers in a batch that go with an output, classes along axis 1.
+
+    ``None`` where the last part of a sequence, or what a mapping calls its labels, is no such.
+
+    Example:
+        >>> class_targets((torch.zeros(2, 4), torch.tensor([0, 2])), torch.zeros(2, 3))
+        tensor([0, 2])
+    """
+    if isinstance(batch, Mapping):
+        target = next((v for k, v in batch.items() if k in _TARGETS), None)
+    else:
+        target = batch[-1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+    if not isinstance(target, Tensor) or target.is_floating_point() or output.dim() < 2:
+        return None
+    fits = target.shape == (output.shape[0], *output.shape[2:])
+    return target.to(output.device) if fits else None

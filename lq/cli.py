@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,22 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lq
 from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
+from lq.callbacks.sensitivity_sweep import save, shuffled
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
+from lq.costs import count_costs
 from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
+from lq.latency import measure_latency
 from lq.messages import one_line
+from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_search
 from lq.module import QuantModule
-from lq.surgery import quantized_layers
+from lq.sensitivity import Sensitivity, sweep
+from lq.sensitivity.run import FirstBatches
+from lq.spec import Recipe
+from lq.surgery import dequantize, quantized_layers
 
 LINT = "\nAnd lq lint model.onnx, which needs no config: see lq lint --help."
 KEYWORDS = ("best", "last", "hpc")
@@ -31,7 +38,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate and export."""
+    """Lightning's Trainer, which can also calibrate, sweep, search and export."""
 
     def export(
         self,
@@ -56,7 +63,7 @@ class Trainer(L.Trainer):
         """
         if ckpt_path is None:
             raise ValueError("Expected a checkpoint to export; give one with --ckpt_path.")
-        samples = list(self._prepared(model, datamodule, ckpt_path, batches))
+        samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
         if not samples:
             raise ValueError(
                 "Expected `batches` to be at least 1, but got none; give another --batches or "
@@ -100,37 +107,140 @@ class Trainer(L.Trainer):
             cache: File of the ranges. Used if it is of the same model and data, refused if of
                 others.
         """
-        samples = self._prepared(model, datamodule, ckpt_path, batches)
+        samples = islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0))
         if isinstance(datamodule, ImageDataModule):
             print(datamodule.calibration_dataset().report())
         print(find_ranges(target_module(model, None), samples, calibrator, cache=cache).table())
         print(f"Ranges: {cache}")
+
+    def sensitivity(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None = None,
+        path: str = "sensitivity.json",
+        formats: list[str] = ["int8"],  # noqa: B006
+        method: str = "exact",
+        metric: str | None = None,
+        units: str = "layers",
+        left_float: bool = False,
+        batches: int = 16,
+        calibrator: str = "max",
+    ) -> None:
+        """Measure what each layer costs in each number format, and print the worst first.
+
+        A sweep that was killed goes on where it stopped, from the journal beside `path`.
+
+        Args:
+            model: The module to sweep; its recipe says what else is quantized where a layer is.
+            datamodule: Gives the validation data to measure on, and the batches to calibrate with.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            path: JSON file to write; a CSV file and the journal lie beside it.
+            formats: int8, fp8_e4m3, fp16, bf16, int4 (weights alone), ...
+            method: exact, adaptive (exact, on few batches for clear cases), or gradient (an
+                estimate from one backward pass a batch).
+            metric: What layers are ranked by: top1, top5, loss, kl or sqnr; top1 where there are
+                class numbers, unless given.
+            units: layers, inputs (layers that read one tensor), or blocks.
+            left_float: Also measure each unit left float in a model that is all in the format.
+            batches: How many batches of validation data to measure on, in a fixed random order.
+            calibrator: How ranges are found: max, percentile, entropy or mse.
+        """
+        calibration = FirstBatches(self._prepared(model, datamodule, ckpt_path))
+        found = sweep(
+            dequantize(target_module(model, None)),
+            shuffled(datamodule.val_dataloader(), batches),
+            formats,
+            method,
+            metric,
+            model.recipe or "tensorrt_int8",
+            units,
+            left_float=left_float,
+            calibration=calibration,
+            calibrator=calibrator,
+            journal=Path(path).with_suffix(".jsonl"),
+        )
+        save(found, Path(path))
+        print(f"{found.table()}\nSensitivity: {path}")
+
+    def search(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        constraints: PrecisionConstraints,
+        ckpt_path: str | None = None,
+        plan: str = "plan.yaml",
+        sensitivity: str | None = None,
+        formats: tuple[str, ...] = ("int8", "fp16"),
+        metric: str = "kl",
+        batches: int = 16,
+        latency_cache: str = "latency.json",
+    ) -> None:
+        """Search the best mix of formats under limits, verify it by measuring, and write the plan.
+
+        The plan is searched for the float model; the module's recipe says what additions get. It
+        stands wherever a recipe does: --model.recipe=plan.yaml.
+
+        Args:
+            model: The module to search for.
+            datamodule: Gives calibration batches, and validation data to measure on.
+            constraints: The limits, such as --constraints.max_accuracy_drop=0.01.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            plan: YAML file to write.
+            sensitivity: JSON file of a sweep of the same model; without it the layers are swept.
+            formats: Formats for layers, besides fp32.
+            metric: What the sweep ranks by: kl, loss, top1, top5 or sqnr.
+            batches: How many calibration batches to look at.
+            latency_cache: JSON file of latencies by hardware, where a latency is limited.
+        """
+        samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
+        if not samples:
+            raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
+        recipe = model.recipe or Recipe()
+        net = dequantize(model.model).eval()
+        found = (
+            sweep(net, samples, formats, metric=metric, recipe=recipe)
+            if sensitivity is None
+            else Sensitivity.from_json(sensitivity)
+        )
+        costs = found.costs or count_costs(net, samples[0])
+        if constraints.is_timed:
+            costs = measure_latency(net, samples[0], found.formats, latency_cache, recipe, costs)
+        print("Predicted, for limits on the size:")
+        for point in pareto_front(found, costs):
+            print(f"  {point.predicted}: {point}")
+        datamodule.setup("validate")
+        held_out = datamodule.val_dataloader()
+        verified = verified_search(net, found, constraints, samples, held_out, costs, recipe)
+        print(verified)
+        verified.plan.to_yaml(plan, recipe)
+        print(f"Plan: {plan}")
 
     def _prepared(
         self,
         model: QuantModule,
         datamodule: L.LightningDataModule,
         ckpt_path: str | None,
-        batches: int,
-    ) -> Iterator[Any]:
-        """Configure a module, give it a checkpoint's weights, and return batches of data."""
+    ) -> Iterable[Any]:
+        """Configure a module, give it a checkpoint's weights, and return calibration batches."""
         model.configure_model()
         if ckpt_path is not None:
             model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.datamodule = datamodule
-        return islice(calibration_batches(self), max(batches, 0))
+        return calibration_batches(self)
 
 
 class CLI(LightningCLI):
-    """Lightning's CLI for ``QuantModule`` and any data module, and two commands more."""
+    """Lightning's CLI for ``QuantModule`` and any data module, and commands of its own."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, with the arguments that the CLI fills in itself."""
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "export")}
-        return {**LightningCLI.subcommands(), **own}
+        own = ("calibrate", "export", "search", "sensitivity")
+        filled = {name: {"model", "datamodule"} for name in own}
+        return {**LightningCLI.subcommands(), **filled}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and read the checkpoint before anything is built on it."""

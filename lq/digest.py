@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lq.ranks import world_size
+from lq.ranks import gathered
 from lq.state import recipe_of
 
 
@@ -33,12 +33,16 @@ class DataDigest:
             self._hash.update(name.encode())
             self._hash.update(_content(value))
 
+    @property
+    def own(self) -> str:
+        """The hash of everything that this process has taken in so far."""
+        return self._hash.hexdigest()
+
     def hexdigest(self) -> str:
         """Return the hash of everything so far."""
-        if world_size() == 1:
-            return self._hash.hexdigest()
-        parts: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(parts, self._hash.hexdigest())
+        parts = gathered(self.own)
+        if len(parts) == 1:
+            return self.own
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

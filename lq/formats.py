@@ -40,6 +40,47 @@ FORMATS: dict[str, Format] = {
 }
 
 
+WEIGHTS_ONLY = ("int4",)
+"""Formats that a plan gives to weights alone: engines store them, and multiply in float."""
+
+
+def layer_formats(word: str) -> tuple[str, str]:
+    """Return the formats of weights and inputs that a plan's word for a layer stands for.
+
+    It is one format for both, two as ``weights/inputs``, or ``int4`` for int4 weights that meet
+    float inputs, as engines have it.
+
+    Raises:
+        ValueError: For an unknown format, naming the nearest.
+
+    Example:
+        >>> layer_formats("int8"), layer_formats("int8/fp32"), layer_formats("int4")
+        (('int8', 'int8'), ('int8', 'fp32'), ('int4', 'fp32'))
+    """
+    if word in WEIGHTS_ONLY:
+        return word, "fp32"
+    weights, slash, inputs = word.partition("/")
+    inputs = inputs if slash else weights
+    check_format(weights)
+    check_format(inputs)
+    return weights, inputs
+
+
+def layer_format(weights: str, inputs: str) -> str:
+    """Return the word of a plan for weights and inputs, as ``layer_formats`` reads it.
+
+    Weights that are plain floats say it alone: a layer computes in one format.
+
+    Example:
+        >>> layer_format("int4", "fp32"), layer_format("int8", "fp32"), layer_format("fp16", "int8")
+        ('int4', 'int8/fp32', 'fp16')
+    """
+    if weights in WEIGHTS_ONLY and inputs == "fp32":
+        return weights
+    alone = weights == inputs or not FORMATS[weights].needs_scale
+    return weights if alone else f"{weights}/{inputs}"
+
+
 def check_format(name: Any, extra: tuple[str, ...] = ()) -> None:
     """Raise a ``ValueError`` with the nearest spelling unless `name` is a format."""
     valid = [*FORMATS, *extra]

@@ -96,12 +96,12 @@ class _Placer:
             wanted += residual_operands(self.dataflow, flow, both=residual == "both")
         for tensor in {self.dataflow.origin(flow, node): None for node in wanted}:
             if by_type or self._follows(flow, tensor):
-                self._place(flow, tensor, spec)
+                self._place(flow, tensor, self._as_around(flow, tensor, spec))
 
     def _follows(self, flow: Flow, tensor: fx.Node) -> bool:
         """Return whether an addition quantizes a tensor, going by the modules at its ends."""
         readers = list(self.dataflow.readers_of(flow, tensor))
-        around = [self.layers[r.name] for r in readers if r.name in self.layers]
+        around = self._layers_behind(flow, tensor)
         if around:
             return any(spec.inputs.needs_scale for spec in around)
         if any(_is_norm(self.dataflow.modules[reader.name]) for reader in readers):
@@ -109,11 +109,30 @@ class _Placer:
         made_by = self._layers_before(flow, tensor)
         return not made_by or any(spec.inputs.needs_scale for spec in made_by)
 
+    def _as_around(self, flow: Flow, tensor: fx.Node, spec: QuantSpec) -> QuantSpec:
+        """Return a spec in the format of the layers that read a tensor, or else make it.
+
+        So that one quantizer serves them all; unless a rule gives the addition its own format.
+        """
+        around = self._layers_behind(flow, tensor) or self._layers_before(flow, tensor)
+        formats = {s.inputs.format for s in around if s.inputs.needs_scale}
+        if spec.format != self.recipe.inputs.format or len(formats) != 1:
+            return spec
+        return replace(spec, format=formats.pop())
+
+    def _layers_behind(self, flow: Flow, tensor: fx.Node) -> list[LayerSpec]:
+        readers = self.dataflow.readers_of(flow, tensor)
+        return [self.layers[r.name] for r in readers if r.name in self.layers]
+
     def _layers_before(self, flow: Flow, tensor: fx.Node) -> list[LayerSpec]:
-        if tensor.op != "call_module":
-            return []
-        child = self.dataflow.child(flow, tensor)
-        return [s for n, s in self.layers.items() if f"{n}.".startswith(f"{child}.")]
+        """Return the layers in the module that makes a tensor, or in the ones before it."""
+        while tensor.op == "call_module":
+            child = self.dataflow.child(flow, tensor)
+            found = [s for n, s in self.layers.items() if f"{n}.".startswith(f"{child}.")]
+            if found or not tensor.all_input_nodes:
+                return found
+            tensor = tensor.all_input_nodes[0]
+        return []
 
     def _place(self, flow: Flow, tensor: fx.Node, spec: QuantSpec) -> None:
         site = self._source(flow, tensor)

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from lq.files import written_whole
-from lq.formats import FORMATS, check_format
+from lq.formats import FORMATS, check_format, layer_formats
 from lq.gemm import is_small
 from lq.messages import check_keys, suggest
 from lq.tensor_spec import FLOAT_LAYER, LayerSpec, QuantSpec
@@ -246,7 +246,10 @@ class Recipe:
         """Return the recipe that a mapping of plain values describes."""
         if not isinstance(values, Mapping):
             raise ValueError(f"Expected a recipe to be a mapping, but got {values!r}.")
-        check_keys(values, [f.name for f in dataclasses.fields(cls)], "the recipe")
+        check_keys(values, [*(f.name for f in dataclasses.fields(cls)), "plan"], "the recipe")
+        if values.get("plan") is not None:
+            rest = {key: value for key, value in values.items() if key != "plan"}
+            return cls.from_plan(values["plan"], rest)
         rules = values.get("rules") or ()
         if not isinstance(rules, (list, tuple)):
             raise ValueError(f"Expected `rules` to be a list, but got {rules!r}.")
@@ -260,6 +263,34 @@ class Recipe:
             pooling=values.get("pooling", False),
             first_and_last=values.get("first_and_last"),
         )
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: Mapping[str, str],
+        base: Recipe | str | Path | Mapping[str, Any] = "tensorrt_int8",
+    ) -> Recipe:
+        """Return the recipe that gives each layer of a plan its format, and all else `base`'s.
+
+        Args:
+            plan: Layer's qualified name -> format, ``weights/inputs``, or ``int4`` for weights
+                alone.
+            base: What additions, pooling, and layers not in the plan get.
+
+        Raises:
+            ValueError: If the plan is no such mapping.
+
+        Example:
+            >>> recipe = Recipe.from_plan({"conv": "int8", "fc": "int4"})
+            >>> spec = recipe.layer_spec("fc", nn.Linear(64, 10))
+            >>> spec.weights.format, spec.inputs.format
+            ('int4', 'fp32')
+        """
+        if not isinstance(plan, Mapping):
+            raise ValueError(f"Expected `plan` to map layers to formats, but got {plan!r}.")
+        base = cls.parse(base)
+        rules = tuple(_plan_rule(name, format, base) for name, format in plan.items())
+        return dataclasses.replace(base, rules=(*base.rules, *rules))
 
     def to_json(self) -> str:
         """Return the recipe as one line of JSON, as checkpoints carry it."""
@@ -301,6 +332,22 @@ class Recipe:
             f"Expected `recipe` to be a preset or the path of a YAML file, but got {str(value)!r}; "
             f"{suggest(value, PRESETS)}"
         )
+
+
+def _plan_rule(name: Any, format: Any, base: Recipe) -> Rule:
+    if not isinstance(format, str):
+        raise ValueError(
+            f"Expected a plan to give layer {str(name)!r} a format, but got {format!r}."
+        )
+    weights, inputs = layer_formats(format)
+    name = glob.escape(str(name))  # YAML reads the layers of nn.Sequential as numbers
+    if weights == inputs:
+        return Rule(name=name, format=weights)
+    return Rule(
+        name=name,
+        weights=dataclasses.replace(base.weights, format=weights),
+        inputs=dataclasses.replace(base.inputs, format=inputs),
+    )
 
 
 def _parse_rule(values: Any, index: int) -> Rule:

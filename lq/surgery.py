@@ -156,7 +156,7 @@ def quantize(model: ModuleT, recipe: Recipe | str | Path | Mapping[str, Any]) ->
     _share(model, placement, previous)
     for name, quantizer in quantizers(model).items():
         quantizer.name = name
-    _leave_fast_path(model)
+    leave_fast_path(model)
     left |= placement.left
     if left:
         log.warning("Left float: %s.", _describe(left))
@@ -224,7 +224,7 @@ def _describe(left: Mapping[str, str]) -> str:
     return "; ".join(f"{name} ({reason})" for name, reason in left.items())
 
 
-def _leave_fast_path(model: nn.Module) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """Make transformer layers call their Linears.
 
     In eval mode ``nn.TransformerEncoderLayer`` reads the weights of its Linears and calls a fused

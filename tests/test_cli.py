@@ -10,6 +10,7 @@ import yaml
 
 from lq import cli
 from lq.models import digits_cnn
+from lq.plan import PrecisionPlan
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,50 @@ def test_calibrate_keeps_ranges_for_the_callback(capsys):
     assert "val/top1" in capsys.readouterr().out
 
 
+def test_search_writes_a_plan_that_is_a_recipe(capsys):
+    settings = float_fit()
+    cli.main(["fit", *settings])
+    search = ["search", *settings, "--ckpt_path=ckpt/last.ckpt", "--batches=2"]
+    search += ["--constraints.max_accuracy_drop=0.05", "--formats=[int8, int4]"]
+    cli.main([*search, "--plan=out/plan.yaml"])
+    printed = capsys.readouterr().out
+    assert "Predicted, for limits on the size:" in printed
+    assert "; measured drop " in printed
+    plan = PrecisionPlan.from_yaml("out/plan.yaml")
+    assert "int4" in plan.values()
+    callback = {"class_path": "lq.callbacks.Calibration", "init_args": {"checkpoint": "ptq.ckpt"}}
+    follow = config(model__recipe="out/plan.yaml", trainer__callbacks=[callback])
+    cli.main(["validate", *follow, "--model.weights=ckpt/last.ckpt"])
+    cli.main(["export", *follow, "--ckpt_path=ptq.ckpt", "--path=m.onnx", "--engine=false"])
+    assert PrecisionPlan.of("m.onnx") == plan
+
+
+def float_fit():
+    """The arguments of a short fit without quantization."""
+    checkpoint = {"dirpath": "ckpt", "save_last": True, "save_top_k": 0}
+    path = "lightning.pytorch.callbacks.ModelCheckpoint"
+    callbacks = [{"class_path": path, "init_args": checkpoint}]
+    return config(model__recipe=None, trainer__limit_train_batches=38, trainer__callbacks=callbacks)
+
+
+def test_sensitivity_goes_on_and_prints_the_worst_first(capsys):
+    settings = config()
+    torch.save(digits_cnn().state_dict(), "weights.pth")
+    arguments = ["--model.weights=weights.pth", "--batches=2", "--path=out/s.json"]
+    arguments += ["--formats=[int8,fp16]", "--metric=kl"]
+    cli.main(["sensitivity", *settings, *arguments])
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if " both " in line]
+    assert len(rows) == 10
+    assert float(rows[0][6]) >= float(rows[4][6])
+    assert Path("out/s.csv").is_file()
+    before = Path("out/s.jsonl").read_text()
+    cli.main(["sensitivity", *settings, *arguments])
+    assert capsys.readouterr().out == printed
+    assert Path("out/s.jsonl").read_text() == before
+    assert "did you mean 'int8'" in fails(capsys, ["sensitivity", *settings, "--formats=[int]"])
+
+
 def test_export_again_with_other_settings(capsys):
     settings = config()
     cli.main(["fit", *settings])
@@ -204,10 +249,11 @@ def without_weights(path):
     ],
     ids=["missing", "corrupt", "empty", "cut short", "pickled", "without weights"],
 )
-@pytest.mark.parametrize("command", ["fit", "test", "calibrate", "export"])
+@pytest.mark.parametrize("command", ["fit", "test", "calibrate", "export", "search"])
 def test_bad_checkpoints(write, match, command, capsys):
     write(Path("bad.ckpt"))
-    error = fails(capsys, [command, *config(), "--ckpt_path=bad.ckpt"])
+    limit = ["--constraints.max_size_mb=1"] * (command == "search")
+    error = fails(capsys, [command, *config(), "--ckpt_path=bad.ckpt", *limit])
     assert "'bad.ckpt'" in error
     assert match in error
     assert not list(Path().glob("*.onnx"))
@@ -251,6 +297,28 @@ def test_export_of_no_batches(capsys):
     arguments = ["export", *settings, "--ckpt_path=ckpt/last.ckpt", "--batches=0"]
     assert "at least 1" in fails(capsys, arguments)
     assert not list(Path().glob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        pytest.param([], "at least one limit", id="no limit"),
+        pytest.param(["--constraints.max_accuracy_drop=1"], "one point is 0.01", id="percent"),
+        pytest.param(["--constraints.max_size_mb=1e-3"], "the nearest is 0.0411", id="size"),
+        pytest.param(
+            ["--constraints.max_size_mb=1", "--constraints.pinned={conv9: fp16}"],
+            "'conv9' matches none",
+            id="pin",
+        ),
+        pytest.param(
+            ["--constraints.max_size_mb=1", "--sensitivity=no.json"], "no.json", id="no sweep"
+        ),
+        pytest.param(["--constraints.max_size_mb=1", "--batches=0"], "at least", id="no batches"),
+    ],
+)
+def test_mistakes_in_a_search(arguments, match, capsys):
+    assert match in fails(capsys, ["search", *config(model__recipe=None), *arguments])
+    assert not Path("plan.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +386,10 @@ def test_traceback_on_demand(monkeypatch):
         cli.main(["fit", *config(model__recipe="tensorrt_int9")])
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "calibrate", "export"])
+@pytest.mark.parametrize(
+    "command",
+    ["fit", "validate", "test", "predict", "calibrate", "sensitivity", "search", "export"],
+)
 def test_help_suffices(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -24,6 +24,7 @@ FACTORIES = {
 SHORT = {
     "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
+    "sensitivity": ["--batches=1"],
 }
 
 
@@ -47,11 +48,11 @@ def image_folder(root: Path) -> Path:
     return root
 
 
-def cifar10(root: Path) -> Path:
+def cifar10(root: Path, images: int) -> Path:
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        (folder / name).write_bytes(published(batch(20, 10, seed=i)))
+        (folder / name).write_bytes(published(batch(images, 10, seed=i)))
     return root
 
 
@@ -83,12 +84,18 @@ def prepared(path: Path, folder: Path) -> list[str]:
         start.parent.mkdir(parents=True)
         torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, start)
     if "cifar" in name:
-        return [*arguments, f"--data.root={cifar10(folder / 'data')}", "--data.val_size=10"]
+        images, held_out = (100, 300) if kind == "mixed" else (20, 10)
+        root = cifar10(folder / "data", images)
+        return [*arguments, f"--data.root={root}", f"--data.val_size={held_out}"]
     root = image_folder(folder / "data")
     return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
 
 
-@pytest.mark.parametrize("path", configs("float", "ptq", "qat", "lowbit"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    configs("float", "ptq", "qat", "lowbit", "sensitivity", "mixed"),
+    ids=lambda p: p.stem,
+)
 def test_config(path: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepared(path, tmp_path)
@@ -98,8 +105,10 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
     expected = {
         "float": {"last.ckpt", "best.ckpt"},
         "ptq": {"last.ckpt", *exported},
+        "mixed": {"last.ckpt", "plan.yaml", *exported},
         "qat": {"last.ckpt", "best.ckpt", *exported},
         "lowbit": {"last.ckpt", "best.ckpt"},
+        "sensitivity": {"sensitivity.json", "sensitivity.csv", "sensitivity.jsonl"},
     }
     assert expected[path.stem.rsplit("_", 1)[1]] <= produced
 

@@ -1,11 +1,16 @@
 """Two processes train and calibrate as one."""
 
+import json
+
 import lightning as L
 import pytest
 import torch
 
-from lq.callbacks import QuantizationAwareTraining
-from tests.lit import autoencoder, loader
+import lq
+from lq.callbacks import QuantizationAwareTraining, SensitivitySweep
+from lq.data import DigitsDataModule
+from lq.sensitivity import Sensitivity
+from tests.lit import autoencoder, loader, trainer
 
 
 class SaveRanges(L.Callback):
@@ -44,3 +49,27 @@ def test_two_ranks_share_ranges_and_weights(tmp_path, calibrator):
     if calibrator == "max":
         # Each rank saw half of the images; the range is that of all, to the last bit.
         assert torch.equal(ranks[0]["encoder.0.input_quantizer.scale"], images.max() / 127)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("method", ["exact", "adaptive", "gradient"])
+def test_two_ranks_share_the_layers_of_a_sweep(tmp_path, method):
+    found = {}
+    for ranks, strategy in ((1, "auto"), (2, "ddp_spawn")):
+        torch.manual_seed(0)
+        module = lq.QuantModule("lq.models.digits_cnn", recipe=None)
+        path = tmp_path / f"{ranks}/s.json"
+        callback = SensitivitySweep(path, method=method, metric="kl", batches=4)
+        runner = trainer(tmp_path, [callback], devices=ranks, strategy=strategy)
+        runner.validate(module, datamodule=DigitsDataModule(batch_size=32), verbose=False)
+        found[ranks] = Sensitivity.from_json(path)
+    assert str(found[2]) == str(found[1])
+    journals = [tmp_path / "2" / name for name in ("s.jsonl", "s.jsonl.1")]
+    measured = [[json.loads(x) for x in j.read_text().splitlines()] for j in journals]
+    keys = [
+        {(x["variant"], x["batch"]) for x in lines if x.get("variant", "float") != "float"}
+        for lines in measured
+    ]
+    assert keys[0]
+    assert keys[1]
+    assert not keys[0] & keys[1]

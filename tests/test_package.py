@@ -26,16 +26,18 @@ LEVELS = [
     {"sites", "dataflow", "rectified", "residual", "placement"},
     {"state", "surgery", "modes", "batches", "samples", "checkpoint", "qat"},
     {
-        *("digest", "ranges", "scoring", "collector", "calibration"),
+        *("digest", "ranges", "scoring", "collector", "calibration", "costs"),
         *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
     },
     {"schedule", "quantized_training"},
     {"repairs"},
+    {"sensitivity"},
     {"export"},
     {"engines"},
     {
         *("agreement", "parity", "layer_parity", "evaluation"),
         *("curve", "convergence"),
+        *("plan", "latency", "mixed_precision"),
     },
     {"datasets"},
     {"models", "data", "module", "restore"},
@@ -80,24 +82,33 @@ def test_public_names() -> None:
     assert lq.__all__ == sorted(lq.__all__)
     assert set(lq.__all__) == {
         "Mode",
+        "PrecisionConstraints",
+        "PrecisionPlan",
         "QuantModule",
         "QuantSpec",
         "Quantizer",
         "Recipe",
         "Rule",
+        "accuracy_guard",
         "build_engine",
         "calibrate",
         "calibration_curve",
+        "count_costs",
         "dequantize",
         "evaluate",
         "export_onnx",
         "find_ranges",
         "lint",
         "load_from_checkpoint",
+        "measure_latency",
         "open_engine",
+        "pareto_front",
         "parity",
         "quantize",
         "repair",
+        "search",
+        "sweep",
+        "verified_search",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name
@@ -106,9 +117,11 @@ def test_public_names() -> None:
         "Distillation",
         "EngineComparison",
         "Export",
+        "MixedPrecision",
         "OscillationControl",
         "QuantizationAwareTraining",
         "QuantizerMonitor",
+        "SensitivitySweep",
     }
 
 

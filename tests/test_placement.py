@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 import lq
+from lq.models import digits_cnn
 from lq.qat import copy_scales
 from lq.quantizer import Quantizer
 from lq.state import RECIPE
@@ -543,3 +544,13 @@ def test_compiles_and_trains() -> None:
     assert torch.equal(compiled(x), model(x))
     model.train()(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("residual", ["shortcut", "both"])
+@pytest.mark.parametrize("format", ["fp32", "fp16"])
+def test_additions_of_float_blocks_are_float(residual: str, format: str) -> None:
+    """Also where BatchNorm stands between the float layer and the addition."""
+    rules = [{"name": name, "format": format} for name in ("0", "3.conv1", "3.conv2", "4")]
+    model = lq.quantize(digits_cnn(), {"residual": residual, "rules": rules})
+    scaled = {n for n, q in lq.surgery.quantizers(model).items() if q.spec.needs_scale}
+    assert scaled == {"9.input_quantizer", "9.weight_quantizer"}

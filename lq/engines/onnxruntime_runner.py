@@ -53,14 +53,31 @@ class OnnxRuntimeRunner(Runner):
     ) -> None:
         model = load_graph(path)
         self.size_mb = Path(path).stat().st_size / 1e6
-        self._open(model, Path(path), providers, optimize, threads)
+        self._open(model, Path(path), providers, _options(optimize, threads))
 
     @classmethod
     def from_graph(cls, model: ir.Model, optimize: bool = True) -> OnnxRuntimeRunner:
         """Return a runner of a graph in memory."""
         runner = cls.__new__(cls)
         runner.size_mb = 0.0
-        runner._open(model, None, None, optimize, 0)
+        runner._open(model, None, None, _options(optimize, 0))
+        return runner
+
+    @classmethod
+    def timed(cls, model: ir.Model, profile: str = "") -> OnnxRuntimeRunner:
+        """Return a runner on the CPU of a graph in memory as it is, to be timed.
+
+        16-bit layers are left to ONNX Runtime, which computes them in float32 between casts.
+
+        Args:
+            model: The graph.
+            profile: Where the file of a profile is to lie, without its ending; none, if empty.
+        """
+        runner, options = cls.__new__(cls), _options(True, 0)
+        runner.size_mb = 0.0
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        runner._open(model, None, ["CPUExecutionProvider"], options, simulate=False)
         return runner
 
     def _open(
@@ -68,19 +85,20 @@ class OnnxRuntimeRunner(Runner):
         model: ir.Model,
         path: Path | None,
         providers: list[str] | None,
-        optimize: bool,
-        threads: int,
+        options: ort.SessionOptions,
+        simulate: bool = True,
     ) -> None:
         self.providers = providers or _default_providers()
         on_cpu = self.providers == ["CPUExecutionProvider"]
-        self.simulates = on_cpu and has_16_bit(model)
+        self.simulates = simulate and on_cpu and has_16_bit(model)
         if self.simulates:
             log.info("ONNX Runtime's CPU has no 16-bit kernels; rounding to 16 bits in float32.")
             model = cast_through(model)
+        optimize = options.graph_optimization_level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         changed = (optimize and _suit_kernels(model)) or self.simulates
         self.session = ort.InferenceSession(
             _serialized(model) if changed or path is None else str(path),
-            _options(optimize, threads),
+            options,
             providers=self.providers,
             disabled_optimizers=_wrong_rewrites(model),
         )

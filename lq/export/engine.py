@@ -108,10 +108,24 @@ class EngineInfo:
             + (f"fell back: {fell}" if fell else "none fell back")
         )
 
+    @classmethod
+    def load(cls, engine: str | Path) -> EngineInfo:
+        """Return what the sidecar of an engine says."""
+        values = json.loads(cls.path_of(engine).read_text(encoding="utf-8"))
+        values["layers"] = [BuiltLayer(**_tuples(layer)) for layer in values["layers"]]
+        return cls(**_tuples(values, ("batch", "image")))
+
     @staticmethod
     def path_of(engine: str | Path) -> Path:
         """Return where the sidecar of an engine lies."""
         return Path(f"{engine}.json")
+
+
+def _tuples(
+    values: dict[str, Any], names: tuple[str, ...] = ("inputs", "outputs", "onnx")
+) -> dict[str, Any]:
+    """Return values read from JSON, with the lists under some names as the tuples they were."""
+    return {k: tuple(v) if k in names and v is not None else v for k, v in values.items()}
 
 
 def build_engine(

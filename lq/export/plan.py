@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lq.export.graph import WEIGHTED
+from lq.export.graph import WEIGHTED, constant, producer
 from lq.export.grid import code_type, passed_on
 
 _FLOATS = {
@@ -24,14 +24,55 @@ def read_plan(model: ir.Model) -> dict[str, str]:
     """Return layer -> format of a graph, by the types of what each layer multiplies.
 
     A layer whose weight and input have different formats is told as ``weights/inputs``:
-    ``int8/fp32`` for weight-only quantization.
+    ``int8/fp32`` for weight-only quantization. Weights that are plain floats say it alone: they
+    are multiplied in their own format, also by what has been dequantized.
     """
     plan = {}
     for node in model.graph:
         if node.op_type in WEIGHTED:
             weight, input = _format(node.inputs[1]), _format(node.inputs[0])
-            plan[str(node.name)] = weight if weight == input else f"{weight}/{input}"
+            alone = weight == input or weight in _FLOATS.values()
+            plan[str(node.name)] = weight if alone else f"{weight}/{input}"
     return plan
+
+
+def read_layers(model: ir.Model) -> dict[str, str]:
+    """Return layer -> format of a graph, for the layers that multiply by a weight.
+
+    A layer called several times is one layer; the products of attention are none.
+
+    Raises:
+        ValueError: If the calls of a layer have different formats, which no recipe gives.
+    """
+    found, plan = read_plan(model), dict[str, str]()
+    for node in (n for n in model.graph if n.op_type in WEIGHTED):
+        layer, format = layer_of(node), found[str(node.name)]
+        if layer is not None and plan.setdefault(layer, format) != format:
+            raise ValueError(
+                f"Expected layer {layer!r} to have one format, but its calls have {plan[layer]} "
+                f"and {format}."
+            )
+    return plan
+
+
+def layer_of(node: ir.Node) -> str | None:
+    """Return the layer that a product belongs to, ``None`` for one of two activations.
+
+    A float attention multiplies by the weight of its output projection itself.
+    """
+    weight = _stored(node.inputs[1])
+    if weight is None:
+        return None
+    layer = str(node.name).partition("@")[0]
+    owner = str(weight.name).rpartition(".weight")[0]
+    return owner if owner.startswith(f"{layer}.") else layer
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Return the constant that a weight comes from, ``None`` where it is computed."""
+    while (move := producer(value, "Transpose", "Reshape", "Cast", "DequantizeLinear")) is not None:
+        value = move.inputs[0]
+    return value if constant(value) is not None else None
 
 
 def _format(value: ir.Value | None) -> str:

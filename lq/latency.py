@@ -1,0 +1,204 @@
+"""The time that each layer takes in each format, measured on the engine at hand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from lq.batches import model_inputs
+from lq.calibration import calibrate
+from lq.costs import Costs, count_costs
+from lq.engines.base import Runner
+from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
+from lq.engines.profile import RUNS, WARM_UP, profile_onnxruntime, profile_tensorrt
+from lq.export.engine import build_engine, find_builder
+from lq.export.onnxruntime_encoding import ENCODINGS
+from lq.export.owners import node_owners, owner_by_name
+from lq.export.to_onnx import trace
+from lq.files import check_file_path, written_whole
+from lq.plan import PrecisionPlan
+from lq.samples import first_samples
+from lq.spec import Recipe
+from lq.surgery import dequantize, quantize, quantizers
+
+log = logging.getLogger(__name__)
+Times = dict[str, float]
+"""Layer -> milliseconds; under "" what is no layer."""
+
+
+def engine_at_hand() -> str:
+    """Return ``tensorrt`` where there are a GPU and a builder, else ``onnxruntime``."""
+    gpu = torch.cuda.is_available() and find_builder() is not None
+    return "tensorrt" if gpu else "onnxruntime"
+
+
+def hardware_name(engine: str) -> str:
+    """Return what an engine runs on: the GPU, or the processor and its threads; and its version."""
+    if engine == "tensorrt":
+        builder = find_builder()
+        assert builder is not None
+        return f"{torch.cuda.get_device_name()}, {builder.__name__} {builder.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} x {len(names) or '?'}, onnxruntime {ort.__version__}"
+
+
+def measure_latency(
+    model: nn.Module,
+    batch: Any,
+    formats: Sequence[str] = ("int8", "fp16"),
+    cache: str | Path | None = None,
+    recipe: Recipe | str | Path = "onnxruntime_int8",
+    costs: Costs | None = None,
+) -> Costs:
+    """Return what layers cost with the time that each takes in each format, measured here.
+
+    The whole model is exported in one format after the other and run by the engine's profiler: by
+    TensorRT where there is a GPU with it, else by ONNX Runtime on the CPU. Times are medians for
+    one sample. Changing formats between layers costs more, which is seen only when a plan as a
+    whole is measured. What an engine cannot run is left out, with a log message.
+
+    Args:
+        model: The float model, or a quantized one.
+        batch: One batch, whose first sample is run.
+        formats: Formats besides fp32.
+        cache: JSON file of times by hardware; what it has is not measured again.
+        recipe: What additions and pooling get.
+        costs: What was counted of the layers, if it was.
+
+    Raises:
+        ValueError: If the cache is no such file.
+    """
+    costs = count_costs(model, batch) if costs is None else costs
+    engine = engine_at_hand()
+    hardware = hardware_name(engine)
+    stored = _read_cache(cache)
+    key = _model_key(costs)
+    known: dict[str, Times] = dict(stored.get(hardware, {}).get(key, {}))
+    for format in ("fp32", *formats):
+        if format not in known:
+            try:
+                known[format] = _layer_times(model, batch, format, recipe, engine)
+            except Exception as error:  # engines fail in their own ways on what they do not have
+                if format == "fp32":
+                    raise
+                log.warning("No latency of %s: %s cannot run it (%s).", format, engine, error)
+    if cache is not None:
+        stored.setdefault(hardware, {})[key] = known
+        with written_whole(cache) as temporary:
+            temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    return _with_times(costs, known, engine, hardware)
+
+
+def _with_times(costs: Costs, known: Mapping[str, Times], engine: str, hardware: str) -> Costs:
+    latency = {n: {f: times.get(n, 0.0) for f, times in known.items()} for n in costs.layers}
+    rest = known.get("fp32", {}).get("", 0.0)
+    return dataclasses.replace(
+        costs, latency=latency, rest_ms=rest, engine=engine, hardware=hardware
+    )
+
+
+def _layer_times(
+    model: nn.Module, batch: Any, format: str, recipe: Recipe | str | Path, engine: str
+) -> Times:
+    """Return layer -> milliseconds with all layers in one format."""
+    model = dequantize(copy.deepcopy(model))
+    plan = PrecisionPlan(dict.fromkeys(PrecisionPlan.of(model), format))
+    quantize(model, Recipe.from_plan(plan, recipe))
+    if quantizers(model):
+        calibrate(model, [batch], progress=False)
+    graph, one = _graph(model, batch, engine), first_samples(batch, 1)
+    args, kwargs = model_inputs(model, one)
+    owners = node_owners(graph.graph)
+    if engine == "onnxruntime":
+        found = profile_onnxruntime(graph, args, kwargs)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = _built(graph, Path(folder))
+            found = profile_tensorrt(path, args, kwargs)
+    times: Times = defaultdict(float)
+    for name, taken in found.items():
+        times[owners.get(name) or owner_by_name(name, plan) or ""] += taken
+    return dict(times)
+
+
+def file_latency(model: nn.Module, batch: Any, engine: str) -> float:
+    """Return the median milliseconds of one sample in the graph that a model exports to.
+
+    Args:
+        model: A quantized and calibrated model, or a float one.
+        batch: One batch, whose first sample is run.
+        engine: ``tensorrt`` or ``onnxruntime``.
+    """
+    graph = _graph(model, batch, engine)
+    args, kwargs = model_inputs(model, first_samples(batch, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        runner: Runner
+        if engine == "onnxruntime":
+            runner = OnnxRuntimeRunner.timed(graph)
+        else:
+            from lq.engines.tensorrt_runner import TensorRTRunner
+
+            runner = TensorRTRunner(_built(graph, Path(folder)))
+        times = []
+        for _ in range(WARM_UP + RUNS):
+            started = time.perf_counter()
+            runner.run(*args, **kwargs)
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[WARM_UP:])
+
+
+def _graph(model: nn.Module, batch: Any, engine: str) -> ir.Model:
+    graph = trace(model, batch)
+    if engine in ENCODINGS:
+        ENCODINGS[engine](graph.graph)
+    return graph
+
+
+def _built(graph: ir.Model, folder: Path) -> Path:
+    """Build a TensorRT engine of a graph."""
+    ir.save(graph, folder / "model.onnx")
+    build_engine(folder / "model.onnx", folder / "model.engine", batch=(1, 1, 1))
+    return folder / "model.engine"
+
+
+def _model_key(costs: Costs) -> str:
+    """Return what times depend on besides format and hardware: the layers and what they see."""
+    shapes = {name: dataclasses.astuple(counted) for name, counted in costs.layers.items()}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def _read_cache(path: str | Path | None) -> dict[str, dict[str, dict[str, Times]]]:
+    if path is None:
+        return {}
+    check_file_path(path)
+    if not Path(path).is_file():
+        return {}
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all(isinstance(models, dict) for models in stored.values()):
+            raise ValueError("no times by hardware")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"Expected {str(path)!r} to hold latencies that lq saved, but it cannot be read: "
+            f"{error}; name another `cache`."
+        ) from None
+    return stored  # type: ignore[no-any-return]

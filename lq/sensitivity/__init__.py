@@ -1,0 +1,7 @@
+"""Which layer hurts: what each unit of a model costs in each number format."""
+
+from lq.sensitivity.measures import METRICS, Measures
+from lq.sensitivity.result import LayerSensitivity, Sensitivity
+from lq.sensitivity.run import sweep
+
+__all__ = ["METRICS", "LayerSensitivity", "Measures", "Sensitivity", "sweep"]
