@@ -109,7 +109,8 @@ def shuffled(loader: Any, batches: int | None) -> DataLoader[Any]:
             "Expected one DataLoader of validation data with a `batch_size` and samples by number, "
             f"but got {type(loader).__name__}; call lq.sweep with batches of your own."
         )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    size = len(dataset)  # type: ignore[arg-type]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
     count = len(order) if batches is None else batches * loader.batch_size
     return DataLoader(
         Subset(dataset, order[:count]),

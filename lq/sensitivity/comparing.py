@@ -120,7 +120,8 @@ def _means(counts: np.ndarray, values: np.ndarray, power: np.ndarray) -> np.ndar
         signal = counts @ power
         noise = sums[:, 4::5]
         means[:, 4::5] = np.where(noise == 0, np.inf, 10 * np.log10(signal[:, None] / noise))
-    return means
+    found: np.ndarray = means
+    return found
 
 
 def _measures(means: np.ndarray, low: np.ndarray, high: np.ndarray) -> Measures:

@@ -117,7 +117,7 @@ class Gradient:
                     "Expected the outputs to depend on the layers by gradients, but they do not; "
                     "take method 'exact'."
                 )
-            output.backward(fisher_vector(output.detach(), seed=index))
+            torch.autograd.backward(output, fisher_vector(output.detach(), seed=index))
         return output, products
 
 
@@ -141,7 +141,8 @@ def fisher_vector(output: Tensor, seed: int) -> Tensor:
     rooted = p.sqrt() * signs
     v = rooted - p * rooted.sum(1, keepdim=True)
     places = output[0, 0].numel()
-    return v / places**0.5
+    scaled: Tensor = v / places**0.5
+    return scaled
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class Perturbed:
                 self._products[variant] += product.sum(1).cpu()
 
         if tensor.requires_grad:
-            tensor.register_hook(hook)
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _covers(site: Site, other: Site) -> bool:

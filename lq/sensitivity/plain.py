@@ -28,7 +28,7 @@ def to_plain(value: Any) -> Any:
 
 def measures_from(values: Mapping[str, Any], cls: type[MeasuresT]) -> MeasuresT:
     """Return the measures that plain values describe."""
-    kept = {
+    kept: dict[str, Any] = {
         f.name: float(values[f.name]) if f.type == "float" else values[f.name]
         for f in dataclasses.fields(cls)
     }

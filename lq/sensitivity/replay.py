@@ -205,9 +205,9 @@ class Replay:
                 return call.give()
             self._next += 1
         elif self._affected is not None and self._names[module] not in self._affected:
-            call = self._only_call(module)
-            if call is not None and call.is_given(args, kwargs):
-                return call.give()
+            only = self._only_call(module)
+            if only is not None and only.is_given(args, kwargs):
+                return only.give()
         return self._computed(module, forward, args, kwargs)
 
     def _only_call(self, module: nn.Module) -> Call | None:
@@ -280,7 +280,8 @@ def copied(output: Any) -> Any:
         return output.clone()
     if isinstance(output, Mapping):
         values: Any = {key: copied(value) for key, value in output.items()}
-        return values if type(output) is dict else type(output)(values)
+        cls: Any = type(output)
+        return values if cls is dict else cls(values)
     if isinstance(output, (list, tuple)):
         parts = [copied(value) for value in output]
         named = hasattr(output, "_fields")  # a namedtuple takes its values one by one

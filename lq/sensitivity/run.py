@@ -113,7 +113,9 @@ def sweep(
         )
         with meter:
             meter.probe(first)
-            halving = _halving(meter, batches, metric, top) if method == "adaptive" else None
+            halving = None
+            if method == "adaptive" and isinstance(meter, Exact):
+                halving = _halving(meter, batches, metric, top)
             data, seen = _go_through(meter, batches, halving, progress)
     passes = meter.passes() / (len(batches) if isinstance(batches, Sized) else seen)
     rows, whole, n, top1 = assemble(meter.until, notes, metric)
