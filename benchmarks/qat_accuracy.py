@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import lq
 from lq.callbacks import Distillation, QuantizationAwareTraining
-from lq.checkpoint import read_weights
 from lq.files import written_whole
 
 CALIBRATION = 512
@@ -43,7 +42,6 @@ class Row:
         images: Training images used; ``None`` for all.
         precision: Lightning's.
         published: What the literature reports, if anything.
-        start: Row of the same recipe whose result this one goes on training, if any.
         freeze_batchnorm: Whether BatchNorm keeps its statistics, as few images must not change
             them, and where they are folded into the weights already.
     """
@@ -56,7 +54,6 @@ class Row:
     images: int | None = None
     precision: str = "32-true"
     published: str = ""
-    start: str | None = None
     freeze_batchnorm: bool = False
 
 
@@ -71,15 +68,6 @@ ROWS = {
     ),
     "resnet20-w2a2": Row(
         "resnet20", "w2a2", 11, 0.02, precision="bf16-mixed", published=APOT.format(90.96)
-    ),
-    "resnet20-w2a2-longer": Row(
-        "resnet20",
-        "w2a2",
-        12,
-        0.02,
-        precision="bf16-mixed",
-        published=APOT.format(90.96),
-        start="resnet20-w2a2",
     ),
     "mobilenet_v2_cifar-w8a8": Row("mobilenet_v2_cifar", "tensorrt_int8", 1, 2e-3, images=12_800),
     "mobilenet_v2_imagenet-w8a8": Row(
@@ -175,12 +163,7 @@ def qat(
 ) -> tuple[nn.Module, float]:
     """Return the trained model and the processor seconds that training took."""
     L.seed_everything(0, verbose=False)
-    model = copy.deepcopy(reference)
-    if row.start is not None:
-        lq.quantize(model, row.recipe)
-        checkpoint = read_weights(folder.parent / row.start / "last.ckpt")
-        model.load_state_dict({key.removeprefix("model."): v for key, v in checkpoint.items()})
-    module = Classifier(model.train(), row.lr)
+    module = Classifier(copy.deepcopy(reference).train(), row.lr)
     data = training_data(CASES[row.case], images or row.images)
     clock = Clock()
     trainer = L.Trainer(

@@ -96,10 +96,16 @@ class _QuantConvTranspose(QuantLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
         quantized, weight, bias = self.operands(input)
-        saved = self.saved_for_backward(input, quantized, weight)
-        with saved, _attributes(self, weight=weight, bias=bias):
-            output: Tensor = super().forward(quantized, output_size)
+        with self.saved_for_backward(input, quantized, weight):
+            output = self._transposed(quantized, weight, bias, output_size)
         return self.result(output, input)
+
+    def _transposed(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
+    ) -> Tensor:
+        with _attributes(self, weight=weight, bias=bias):
+            output: Tensor = super().forward(input, output_size)
+        return output
 
 
 class _QuantLinear(QuantLayer):
