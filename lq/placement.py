@@ -96,7 +96,7 @@ class _Placer:
             wanted += residual_operands(self.dataflow, flow, both=residual == "both")
         for tensor in {self.dataflow.origin(flow, node): None for node in wanted}:
             if by_type or self._follows(flow, tensor):
-                self._place(flow, tensor, self._as_around(flow, tensor, spec))
+                self._place(flow, tensor, spec)
 
     def _follows(self, flow: Flow, tensor: fx.Node) -> bool:
         """Return whether an addition quantizes a tensor, going by the modules at its ends."""
@@ -108,17 +108,6 @@ class _Placer:
             return False
         made_by = self._layers_before(flow, tensor)
         return not made_by or any(spec.inputs.needs_scale for spec in made_by)
-
-    def _as_around(self, flow: Flow, tensor: fx.Node, spec: QuantSpec) -> QuantSpec:
-        """Return a spec in the format of the layers that read a tensor, or else make it.
-
-        So that one quantizer serves them all; unless a rule gives the addition its own format.
-        """
-        around = self._layers_behind(flow, tensor) or self._layers_before(flow, tensor)
-        formats = {s.inputs.format for s in around if s.inputs.needs_scale}
-        if spec.format != self.recipe.inputs.format or len(formats) != 1:
-            return spec
-        return replace(spec, format=formats.pop())
 
     def _layers_behind(self, flow: Flow, tensor: fx.Node) -> list[LayerSpec]:
         readers = self.dataflow.readers_of(flow, tensor)

@@ -150,7 +150,7 @@ def test_sensitivity_goes_on_and_prints_the_worst_first(capsys):
     cli.main(["sensitivity", *settings, *arguments])
     assert capsys.readouterr().out == printed
     assert Path("out/s.jsonl").read_text() == before
-    assert "did you mean 'int8'" in fails(capsys, ["sensitivity", *settings, "--formats=[int]"])
+    assert "did you mean 'int8'" in fails(capsys, ["sensitivity", *settings, "--formats=[itn8]"])
 
 
 def test_export_again_with_other_settings(capsys):

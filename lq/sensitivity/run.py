@@ -22,6 +22,7 @@ from lq.sensitivity.checks import check_arguments, first_batch, metric_for
 from lq.sensitivity.exact import Exact, Variant
 from lq.sensitivity.gradient import Gradient
 from lq.sensitivity.journal import Journal
+from lq.sensitivity.replay import copied
 from lq.sensitivity.result import Sensitivity
 from lq.sensitivity.rows import assemble
 from lq.sensitivity.states import States
@@ -133,7 +134,7 @@ def sweep(
         data_hash=data,
         passes=passes,
         fallback=meter.fallback,
-        costs=count_costs(model, first),
+        costs=count_costs(model, copied(first)),
     )
 
 

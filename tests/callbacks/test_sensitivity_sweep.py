@@ -37,7 +37,7 @@ def test_finds_what_the_function_finds(tmp_path, method):
     trainer(tmp_path, [callback]).validate(module, datamodule=data, verbose=False)
     assert str(callback.result) == str(swept(module, data, method=method))
     assert str(Sensitivity.from_json(tmp_path / "s.json")) == str(callback.result)
-    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
     assert [row["layer"] for row in rows] == list(callback.result.layers)
     assert {row["data_hash"] for row in rows} == {callback.result.data_hash}
 
