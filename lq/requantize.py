@@ -44,9 +44,15 @@ def requantizing(*ways: tuple[Tensor, Tensor, Quantizer]) -> AbstractContextMana
 def _way(source: Tensor, quantizer: Quantizer) -> partial[Tensor]:
     scale = quantizer.scale
     # A copy: a moving average has moved on, and an optimizer may, before the backward pass.
-    return partial(_quantize, quantizer, source, None if scale is None else scale.detach().clone())
+    kept = None if scale is None else scale.detach().clone()
+    return partial(_quantize, quantizer, source, source._version, kept)
 
 
 @torch.no_grad()
-def _quantize(quantizer: Quantizer, x: Tensor, scale: Tensor | None) -> Tensor:
+def _quantize(quantizer: Quantizer, x: Tensor, version: int, scale: Tensor | None) -> Tensor:
+    if x._version != version:
+        raise RuntimeError(
+            f"Expected the input of {quantizer.name!r} to stay as it was until the backward pass, "
+            "but it was changed in place; change a copy, or do without save_memory."
+        )
     return quantizer(x) if scale is None else quantizer.quantize(x, scale)

@@ -218,6 +218,17 @@ def test_saving_memory_changes_no_gradient(kind: str) -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_saving_memory_notices_an_input_that_changed() -> None:
+    model = lq.quantize(nn.Sequential(nn.Linear(16, 16)), {"inputs": "int8"})
+    x = torch.randn(2, 16)
+    lq.calibrate(model, [x], progress=False)
+    save_memory(model)
+    loss = model(x).square().sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"'0.input_quantizer'.*changed in place"):
+        loss.backward()
+
+
 def test_saving_memory_saves_memory() -> None:
     """Of a chain of layers, the quantized copies are kept by one and not by the other."""
     spec = {"inputs": "int8", "weights": "int8"}
