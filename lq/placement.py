@@ -96,7 +96,19 @@ class _Placer:
             wanted += residual_operands(self.dataflow, flow, both=residual == "both")
         for tensor in {self.dataflow.origin(flow, node): None for node in wanted}:
             if by_type or self._follows(flow, tensor):
-                self._place(flow, tensor, spec)
+                self._place(flow, tensor, self._as_around(flow, tensor, flow.name, spec))
+
+    def _as_around(self, flow: Flow, tensor: fx.Node, name: str, spec: QuantSpec) -> QuantSpec:
+        """Return a spec in the format of the layers that read a tensor, or else make it.
+
+        Where the recipe wants it, they agree, and no rule names the module that reads it besides.
+        """
+        named = any(r.matches(name, self.dataflow.modules[name]) for r in self.recipe.rules)
+        around = self._layers_behind(flow, tensor) or self._layers_before(flow, tensor)
+        formats = {s.inputs.format for s in around if s.inputs.needs_scale}
+        if named or not self.recipe.additions_follow or len(formats) != 1:
+            return spec
+        return replace(spec, format=formats.pop())
 
     def _follows(self, flow: Flow, tensor: fx.Node) -> bool:
         """Return whether an addition quantizes a tensor, going by the modules at its ends."""
@@ -150,6 +162,7 @@ class _Placer:
             spec = self.recipe.layer_spec(name, self.dataflow.modules[name]).inputs
             if not spec.needs_scale or not self._follows(flow, tensor):
                 continue
+            spec = self._as_around(flow, tensor, name, spec)
             if by_module:
                 self.placement.specs[Site(name, INPUT)] = spec
             else:

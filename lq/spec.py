@@ -120,6 +120,9 @@ class Recipe:
             gives integers.
         first_and_last: Format of the first and the last layer, in the order the model holds them,
             which low bits hurt most; rules come after it. ``None`` treats them as all.
+        additions_follow: Give what additions and pooling read the format of the layers around
+            them, so that one quantizer serves both, unless a rule names them; a plan does so.
+            ``False`` gives them that of `inputs`.
 
     Raises:
         ValueError: For an unknown key or format, naming the nearest valid spelling.
@@ -141,6 +144,7 @@ class Recipe:
     unsigned: bool = False
     pooling: bool = False
     first_and_last: str | None = None
+    additions_follow: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -159,7 +163,7 @@ class Recipe:
                 raise ValueError(
                     f"Expected `fallback` to be fp16, bf16 or fp32, but got {self.fallback!r}."
                 )
-        for name in ("unsigned", "pooling"):
+        for name in ("unsigned", "pooling", "additions_follow"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"Expected `{name}` to be true or false, but got {getattr(self, name)!r}."
@@ -239,6 +243,7 @@ class Recipe:
             "unsigned": self.unsigned,
             "pooling": self.pooling,
             "first_and_last": self.first_and_last,
+            "additions_follow": self.additions_follow,
         }
 
     @classmethod
@@ -262,6 +267,7 @@ class Recipe:
             unsigned=values.get("unsigned", False),
             pooling=values.get("pooling", False),
             first_and_last=values.get("first_and_last"),
+            additions_follow=values.get("additions_follow", False),
         )
 
     @classmethod
@@ -272,10 +278,13 @@ class Recipe:
     ) -> Recipe:
         """Return the recipe that gives each layer of a plan its format, and all else `base`'s.
 
+        Additions and pooling have the format of the layers around them, or their own where the
+        plan or `base` names them.
+
         Args:
             plan: Layer's qualified name -> format, ``weights/inputs``, or ``int4`` for weights
                 alone.
-            base: What additions, pooling, and layers not in the plan get.
+            base: What layers not in the plan get, and which additions and pooling are quantized.
 
         Raises:
             ValueError: If the plan is no such mapping.
@@ -290,7 +299,7 @@ class Recipe:
             raise ValueError(f"Expected `plan` to map layers to formats, but got {plan!r}.")
         base = cls.parse(base)
         rules = tuple(_plan_rule(name, format, base) for name, format in plan.items())
-        return dataclasses.replace(base, rules=(*base.rules, *rules))
+        return dataclasses.replace(base, rules=(*base.rules, *rules), additions_follow=True)
 
     def to_json(self) -> str:
         """Return the recipe as one line of JSON, as checkpoints carry it."""

@@ -84,7 +84,7 @@ def prepared(path: Path, folder: Path) -> list[str]:
         start.parent.mkdir(parents=True)
         torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, start)
     if "cifar" in name:
-        images, held_out = (100, 300) if kind == "mixed" else (20, 10)
+        images, held_out = (300, 300) if kind == "mixed" else (20, 10)  # a fifth validates
         root = cifar10(folder / "data", images)
         return [*arguments, f"--data.root={root}", f"--data.val_size={held_out}"]
     root = image_folder(folder / "data")

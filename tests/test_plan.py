@@ -116,6 +116,36 @@ def test_additions_have_a_format_of_the_plan() -> None:
     assert not any(q.spec.needs_scale for q in inputs.values())
 
 
+def test_an_addition_that_a_plan_names_has_that_format() -> None:
+    layers = dict.fromkeys(PrecisionPlan.of(digits_cnn()), "fp8_e4m3")
+    for format, expected in (("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"), ("fp16", None)):
+        model = lq.quantize(digits_cnn(), lq.Recipe.from_plan({**layers, "3": format}))
+        found = getattr(model[3], "x_quantizer", None)
+        assert (found and found.spec.format) == expected
+
+
+def test_layers_that_disagree_leave_an_addition_to_the_base() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x) + x
+
+    plan = {"0.a": "int8", "0.b": "fp8_e4m3", "0.c": "int8"}
+    model = lq.quantize(nn.Sequential(Block()), lq.Recipe.from_plan(plan))
+    assert model[0].x_quantizer is model[0].a.input_quantizer
+    assert model[0].x_quantizer is not model[0].b.input_quantizer
+
+
+def test_pooling_has_a_format_of_the_plan() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plan = {"0": "fp8_e4m3"}
+    lq.quantize(model, lq.Recipe.from_plan(plan, "onnxruntime_int8"))
+    assert {q.spec.format for q in lq.surgery.quantizers(model).values()} == {"fp8_e4m3"}
+
+
 def test_names_are_no_globs() -> None:
     model = nn.ModuleDict({"a[0]": nn.Linear(16, 16), "a0": nn.Linear(16, 16)})
     lq.quantize(model, lq.Recipe.from_plan({"a[0]": "fp16", "a0": "int8"}))

@@ -9,7 +9,7 @@ import lq
 from lq.callbacks import Export, MixedPrecision
 from lq.checkpoint import load_from_checkpoint
 from lq.data import DigitsDataModule
-from lq.mixed_precision import Drop, PrecisionConstraints
+from lq.mixed_precision import Drop, PrecisionConstraints, UnreachableError
 from lq.mixed_precision.measured import paired_drop, rightness
 from lq.models import digits_cnn
 from lq.plan import PrecisionPlan
@@ -92,7 +92,7 @@ def test_a_plan_and_a_module_that_follows_it(trained, tmp_path) -> None:
 
 def test_the_last_rung_is_a_fit_of_a_copy(trained, tmp_path, monkeypatch) -> None:
     def refuse(*args: object) -> None:
-        raise ValueError("no plan is enough")
+        raise UnreachableError("no plan is enough")
 
     monkeypatch.setattr("lq.mixed_precision.guard.verified_search", refuse)
     module = module_of(trained)
