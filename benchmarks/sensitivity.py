@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torchvision
-from scipy.stats import spearmanr
 from shared import CASES, FOLDER, batches
 from torch import Tensor, nn
 
@@ -204,7 +203,7 @@ def rank(name: str, images: int, formats: list[str]) -> None:
         exact, estimate = swept("exact", "kl"), swept("gradient", "kl")
         print(f"{name}, {exact.n} images, float top-1 {exact.top1:.2%}, {len(exact.units)} units")
         for format in formats:
-            found = correlation(exact, estimate, format)
+            found = exact.rank_correlation(estimate, format)
             print(f"  {format}: rank correlation of gradient with exact, by kl: {found:.3f}")
         top = min(TOP, len(exact.units) // 2)
         for metric in ("kl", "loss", "sqnr", "top1"):
@@ -218,12 +217,6 @@ def rank(name: str, images: int, formats: list[str]) -> None:
                     f"top {top} with {share:.0%} of the work ({noise} of {len(full)} are noise)"
                 )
         print(exact.table(rows=5), flush=True)
-
-
-def correlation(one: Sensitivity, other: Sensitivity, format: str) -> float:
-    """Return Spearman's rank correlation of two sweeps."""
-    pairs = [(one.score(unit, format), other.score(unit, format)) for unit in one.layers]
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def main() -> None:

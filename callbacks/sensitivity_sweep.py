@@ -35,6 +35,7 @@ class SensitivitySweep(L.Callback):
         metric: What layers are ranked by; see ``lq.sweep``.
         recipe: What else is quantized where a layer is.
         units: ``layers``, ``inputs``, ``blocks``, or name -> globs on layer names.
+        parts: Which of ``both``, ``weights`` and ``inputs`` of the layers to quantize.
         left_float: Also measure each unit left float in a model that is all in the format.
         batches: How many batches to measure on; all, if not given.
         calibrator: How ranges are found.
@@ -52,6 +53,7 @@ class SensitivitySweep(L.Callback):
         metric: str | None = None,
         recipe: str | dict[str, Any] = "tensorrt_int8",
         units: str | dict[str, Any] = "layers",
+        parts: Sequence[str] = ("both",),
         left_float: bool = False,
         batches: int | None = 16,
         calibrator: str = "max",
@@ -66,6 +68,7 @@ class SensitivitySweep(L.Callback):
             "metric": metric,
             "recipe": recipe,
             "units": units,
+            "parts": list(parts),
             "left_float": left_float,
             "calibrator": calibrator,
         }

@@ -123,6 +123,7 @@ class Trainer(L.Trainer):
         method: str = "exact",
         metric: str | None = None,
         units: str = "layers",
+        parts: list[str] = ["both"],  # noqa: B006
         left_float: bool = False,
         batches: int = 16,
         calibrator: str = "max",
@@ -142,6 +143,7 @@ class Trainer(L.Trainer):
             metric: What layers are ranked by: top1, top5, loss, kl or sqnr; top1 where there are
                 class numbers, unless given.
             units: layers, inputs (layers that read one tensor), or blocks.
+            parts: Which of both, weights and inputs of the layers to quantize.
             left_float: Also measure each unit left float in a model that is all in the format.
             batches: How many batches of validation data to measure on, in a fixed random order.
             calibrator: How ranges are found: max, percentile, entropy or mse.
@@ -155,7 +157,8 @@ class Trainer(L.Trainer):
             metric,
             model.recipe or "tensorrt_int8",
             units,
-            left_float=left_float,
+            parts,
+            left_float,
             calibration=calibration,
             calibrator=calibrator,
             journal=Path(path).with_suffix(".jsonl"),

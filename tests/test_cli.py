@@ -139,12 +139,13 @@ def test_sensitivity_goes_on_and_prints_the_worst_first(capsys):
     settings = config()
     torch.save(digits_cnn().state_dict(), "weights.pth")
     arguments = ["--model.weights=weights.pth", "--batches=2", "--path=out/s.json"]
-    arguments += ["--formats=[int8,fp16]", "--metric=kl"]
+    arguments += ["--formats=[int8,fp16]", "--metric=kl", "--parts=[both,weights]"]
     cli.main(["sensitivity", *settings, *arguments])
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if " both " in line]
     assert len(rows) == 10
     assert float(rows[0][6]) >= float(rows[4][6])
+    assert sum(" weights " in line for line in printed.splitlines()) == 5  # fp16 has no parts
     assert Path("out/s.csv").is_file()
     before = Path("out/s.jsonl").read_text()
     cli.main(["sensitivity", *settings, *arguments])
@@ -249,7 +250,7 @@ def without_weights(path):
     ],
     ids=["missing", "corrupt", "empty", "cut short", "pickled", "without weights"],
 )
-@pytest.mark.parametrize("command", ["fit", "test", "calibrate", "export", "search"])
+@pytest.mark.parametrize("command", ["fit", "test", "calibrate", "export", "search", "sensitivity"])
 def test_bad_checkpoints(write, match, command, capsys):
     write(Path("bad.ckpt"))
     limit = ["--constraints.max_size_mb=1"] * (command == "search")

@@ -1,6 +1,7 @@
 """Sweeps measure what whole passes measure, whatever the model, and lose nothing."""
 
 import copy
+import hashlib
 import json
 import math
 import subprocess
@@ -401,12 +402,26 @@ def test_json_and_csv(tmp_path):
     found.to_csv(tmp_path / "sweep.csv")
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
     assert len(lines) == 1 + len(found)
-    assert {"layer", "kl", "kl_low", "left_float_kl", "model_hash", "data_hash"} <= set(
-        lines[0].split(",")
-    )
+    hashes = {"model_hash", "data_hash", "recipe_hash"}
+    assert {"layer", "kl", "kl_low", "left_float_kl", *hashes} <= set(lines[0].split(","))
+    plain = json.loads((tmp_path / "sweep.json").read_text())
+    text = json.dumps(lq.Recipe().to_dict(), sort_keys=True)
+    assert plain["recipe_hash"] == found.recipe_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert hashes <= set(plain)
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read"):
         Sensitivity.from_json(tmp_path / "sweep.json")
+
+
+def test_rank_correlation_is_that_of_ranks():
+    model, data = model_of(digits_cnn), batches(channels=1, classes=10)
+    one = lq.sweep(model, data, ["int4"], metric="kl", progress=False)
+    other = lq.sweep(model, data, ["int4"], metric="sqnr", progress=False)
+    ranks = [
+        np.argsort(np.argsort([s.score(unit, "int4") for unit in s.layers])) for s in (one, other)
+    ]
+    assert one.rank_correlation(one, "int4") == pytest.approx(1)
+    assert one.rank_correlation(other, "int4") == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
 class Stop(Exception):

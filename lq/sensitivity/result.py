@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from lq.costs import Costs
 from lq.files import written_whole
@@ -101,6 +104,11 @@ class Sensitivity:
         """Names of the units, in the order of the model."""
         return tuple(self.units)
 
+    @property
+    def recipe_hash(self) -> str:
+        """Hash of the recipe that formats were put into."""
+        return hashlib.sha256(_text(self.recipe).encode()).hexdigest()
+
     def row(self, layer: str, format: str, part: str = "both") -> LayerSensitivity:
         """Return what was found of one unit in one format.
 
@@ -126,9 +134,23 @@ class Sensitivity:
         rows = [r for r in self.found if r.format == format and r.part == part]
         return sorted(rows, key=lambda row: -row.cost(self.metric))
 
+    def rank_correlation(self, other: Sensitivity, format: str, part: str = "both") -> float:
+        """Return Spearman's rank correlation of two sweeps' costs, each by its own metric.
+
+        Args:
+            other: A sweep of the same units, such as an estimate.
+            format: The format that both swept.
+            part: What of the layers was in it.
+        """
+        mine, others = (
+            [s.row(unit, format, part).cost(s.metric) for unit in self.units] for s in (self, other)
+        )
+        return float(spearmanr(mine, others).statistic)
+
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file that ``from_json`` reads back."""
-        plain = {"version": VERSION, **to_plain(dataclasses.asdict(self))}
+        values = to_plain(dataclasses.asdict(self))
+        plain = {"version": VERSION, **values, "recipe_hash": self.recipe_hash}
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
@@ -147,6 +169,7 @@ class Sensitivity:
             plain = json.loads(path.read_text(encoding="utf-8"))
             if plain.pop("version") != VERSION:
                 raise ValueError(f"its version is not {VERSION}")
+            plain.pop("recipe_hash", None)
             plain["found"] = [measures_from(row, LayerSensitivity) for row in plain["found"]]
             plain["units"] = {name: tuple(layers) for name, layers in plain["units"].items()}
             plain["formats"] = tuple(plain["formats"])
@@ -163,15 +186,15 @@ class Sensitivity:
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line for each unit, format and part, with recipe and hashes in each."""
-        recipe = json.dumps(to_plain(self.recipe), sort_keys=True)
-        hashes = {"model_hash": self.model_hash, "data_hash": self.data_hash, "recipe": recipe}
+        names = ("model_hash", "data_hash", "recipe_hash")
+        hashes = {name: getattr(self, name) for name in names} | {"recipe": _text(self.recipe)}
         lines = [csv_line(row) | hashes for row in self.found]
-        names = list(dict.fromkeys(name for line in lines for name in line))
+        columns = list(dict.fromkeys(name for line in lines for name in line))
         with (
             written_whole(path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.DictWriter(file, names, restval="")
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(lines)
 
@@ -200,6 +223,10 @@ class Sensitivity:
             ).rstrip()
             for line in lines
         )
+
+
+def _text(recipe: Mapping[str, Any]) -> str:
+    return json.dumps(to_plain(recipe), sort_keys=True)
 
 
 def _cells(row: LayerSensitivity) -> list[str]:

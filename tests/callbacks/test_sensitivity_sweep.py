@@ -42,6 +42,13 @@ def test_finds_what_the_function_finds(tmp_path, method):
     assert {row["data_hash"] for row in rows} == {callback.result.data_hash}
 
 
+def test_weights_and_inputs_apart(tmp_path):
+    data = DigitsDataModule(batch_size=32)
+    callback = SensitivitySweep(tmp_path / "s.json", parts=["weights", "inputs"], batches=1)
+    trainer(tmp_path, [callback]).validate(digits_module(), datamodule=data, verbose=False)
+    assert {row.part for row in callback.result} == {"weights", "inputs"}
+
+
 class Crash(L.Callback):
     """Ends a validation after its sweep has begun."""
 
