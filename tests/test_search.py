@@ -324,3 +324,67 @@ def test_greedy_may_find_no_way() -> None:
 def test_names_at_the_top() -> None:
     assert lq.search is search
     assert lq.PrecisionConstraints is PrecisionConstraints
+
+
+def made_of(scores: dict[str, dict[str, float]], weights: dict[str, int]) -> Sensitivity:
+    """A made-up sweep by KL of layers with so many weights."""
+    layers = {name: LayerCost(count, 10, 0, 1000) for name, count in weights.items()}
+    rows = [
+        LayerSensitivity(layer=name, format=format, kl=kl, top1_drop=0.0, sqnr_db=10.0)
+        for name, found in scores.items()
+        for format, kl in found.items()
+    ]
+    return Sensitivity(
+        found=rows,
+        units={name: (name,) for name in scores},
+        formats=tuple(next(iter(scores.values()))),
+        method="exact",
+        metric="kl",
+        n=1000,
+        costs=Costs(layers, 0.0),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_of_any_magnitude_are_searched_exactly(seed: int, caplog) -> None:
+    rng = np.random.default_rng(seed)
+    names = [f"l{i}" for i in range(5)]
+    exponents = {"int8": (-8, -2), "fp16": (-12, -6), "int4": (-4, 1)}
+    scores = {
+        name: {f: 10 ** rng.uniform(*ends) for f, ends in exponents.items()} for name in names
+    }
+    found = made_of(scores, {name: int(rng.integers(10, 5000)) for name in names})
+    sizes = sorted(v["size_mb"] for _, v in all_plans(found, found.costs))
+    for share in (0.1, 0.3, 0.6):
+        limit = sizes[int(share * len(sizes))]  # exactly the size of a plan
+        fitting = [v for _, v in all_plans(found, found.costs) if v["size_mb"] <= limit]
+        plan = search(found, PrecisionConstraints(max_size_mb=limit))
+        assert plan.predicted.score == pytest.approx(min(v["drop"] for v in fitting), rel=1e-6)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("spread", [1, 3], ids=["equal", "near"])
+@pytest.mark.parametrize("below", [0, 1e-8, 1e-6], ids=["at", "just below", "below"])
+def test_limits_at_the_size_of_plans_of_equal_layers(below: float, spread: int, caplog) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"l{i:02}" for i in range(12)]
+    scores = {name: {"int8": 1e-3 + 1e-5 * i} for i, name in enumerate(names)}
+    found = made_of(scores, {name: 100000 + int(rng.integers(spread)) for name in names})
+    limit = found.costs.total("size_mb", dict.fromkeys(names[:6], "int8")) * (1 - below)
+    plans = all_plans(found, found.costs)
+    best = min(v["drop"] for _, v in plans if v["size_mb"] <= limit * (1 + 1e-12))
+    plan = search(found, PrecisionConstraints(max_size_mb=limit))
+    assert plan.predicted.score == pytest.approx(best, rel=1e-9)
+    assert not caplog.records
+
+
+def test_formats_that_overflow_are_no_choices() -> None:
+    scores = {name: {"int8": 0.01 * (1 + i), "fp16": 1e-6} for i, name in enumerate("abc")}
+    scores["b"]["fp16"] = math.inf
+    found = made_of(scores, dict.fromkeys("abc", 1000))
+    fp16 = found.costs.total("size_mb", dict.fromkeys("abc", "fp16"))
+    plan = search(found, PrecisionConstraints(max_size_mb=fp16))
+    assert plan == {"a": "fp16", "b": "int8", "c": "fp16"}
+    assert all(p["b"] != "fp16" and math.isfinite(p.predicted.score) for p in pareto_front(found))
+    with pytest.raises(ValueError, match=r"'b'.*overflows in fp16; allow or pin another"):
+        search(found, PrecisionConstraints(max_size_mb=fp16, pinned={"b": "fp16"}))

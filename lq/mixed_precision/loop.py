@@ -133,7 +133,7 @@ class SearchLoop:
         """Add what a plan lost beyond its prediction to the choices that it is made of."""
         chosen = [pair for pair in plan.units.items() if pair[1] != "fp32"]
         kl = [self.sensitivity.row(*pair).kl for pair in chosen]
-        parts = [x if x > 0 else 0.0 for x in kl]
+        parts = [x if 0 < x < math.inf else 0.0 for x in kl]
         for pair, part in zip(chosen, parts, strict=True):
             share = part / sum(parts) if sum(parts) > 0 else 1 / len(chosen)
             self.corrections[pair] = self.corrections.get(pair, 0.0) + unforeseen * share

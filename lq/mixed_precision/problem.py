@@ -60,11 +60,16 @@ def build_problem(
 ) -> Problem:
     """Return the problem that sensitivities, constraints and costs pose.
 
+    Formats in which a unit overflows, so that its score is infinite, are no choices.
+
     Args:
         sensitivity: What a sweep found.
         constraints: Which formats units may have.
         costs: What layers cost; without them there are scores and drops alone.
         corrections: Unit and format -> accuracy drop to add, by what was measured of plans.
+
+    Raises:
+        ValueError: If a unit overflows in all formats that it may have, or in its pinned one.
     """
     constraints.check_pins(
         [*sensitivity.units, *(n for u in sensitivity.units.values() for n in u)]
@@ -101,7 +106,8 @@ def ties(problem: Problem, sensitivity: Sensitivity) -> Array:
     units = [problem.units[i] for i in problem.unit_of]
     rows = zip(units, problem.formats, strict=True)
     kl = np.array([0.0 if f == "fp32" else sensitivity.row(u, f).kl for u, f in rows])
-    kl = np.nan_to_num(np.maximum(kl, 0.0))
+    kl = np.maximum(kl, 0.0)
+    kl = np.nan_to_num(kl, posinf=kl[np.isfinite(kl)].max(initial=0.0))
     scaled: Array = kl / kl.sum() if kl.sum() > 0 else kl
     return scaled
 
@@ -110,13 +116,15 @@ def accuracy_per_score(sensitivity: Sensitivity) -> float:
     """Return the top-1 lost for one of the sweep's metric, over all its rows together.
 
     ``sum(top1_drop) / sum(max(score, 0))``, with one sample where none was lost; and 1 where the
-    sweep had no class numbers: the score stands for the drop until a plan is measured.
+    sweep had no class numbers: the score stands for the drop until a plan is measured. Rows that
+    overflow do not count.
     """
-    if sensitivity.metric == "top1":
+    metric = sensitivity.metric
+    if metric == "top1":
         return 1.0
-    rows = [r for r in sensitivity if r.part == "both"]
+    rows = [r for r in sensitivity if r.part == "both" and math.isfinite(r.cost(metric))]
     drop = sum(r.top1_drop for r in rows)
-    score = sum(max(r.cost(sensitivity.metric), 0.0) for r in rows)
+    score = sum(max(r.cost(metric), 0.0) for r in rows)
     if math.isnan(drop) or not score > 0:
         return 1.0
     return max(drop, 1 / max(sensitivity.n, 1)) / score
@@ -125,7 +133,7 @@ def accuracy_per_score(sensitivity: Sensitivity) -> float:
 def _formats(
     sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str, costs: Costs | None
 ) -> tuple[str, ...]:
-    """Return the formats that a unit may have, the widest first.
+    """Return the formats that a unit may have and does not overflow in, the widest first.
 
     Unless they are named, that leaves out what the engine that was timed does not run.
     """
@@ -139,7 +147,13 @@ def _formats(
                 f"Expected the sweep to hold every format of the plan, but {format!r} is not among "
                 f"{', '.join(swept)}; sweep with formats=[..., {format!r}]."
             )
-    return tuple(sorted(dict.fromkeys(wanted), key=_bits, reverse=True))
+    finite = [f for f in dict.fromkeys(wanted) if math.isfinite(sensitivity.score(unit, f))]
+    if not finite:
+        raise ValueError(
+            f"Expected unit {unit!r} to have finite outputs in a format that it may have, but it "
+            f"overflows in {', '.join(wanted)}; allow or pin another, such as bf16 or fp32."
+        )
+    return tuple(sorted(finite, key=_bits, reverse=True))
 
 
 def _bits(format: str) -> int:

@@ -12,9 +12,14 @@ from lq.mixed_precision.constraints import keeps_to as within
 from lq.mixed_precision.problem import Array, Problem
 
 _TOLERANCE = 1e-9
-_SCALE, _TIE = 1e4, 1e-2
-"""Objectives in the solver's numbers: its absolute gap, 1e-6, is then nothing, and what decides
-ties is a millionth of what is minimized."""
+_SCALE = 1e7
+"""What bounds are in the solver's numbers: its tolerance, 1e-6, is then nothing beside them."""
+_STEPS = {"size_mb": 8e6, "bitops": 1.0}
+"""Quantities that are whole numbers of something, a bit of storage or a bit operation."""
+_TRIES = 8
+"""Plans a hair above a bound that are refused one by one, before the bound is lowered by a hair."""
+_GAP = 1e-2
+"""The least part of its largest choice that a sum may be for the solver's gap to be nothing."""
 
 
 def solve_exactly(
@@ -27,43 +32,109 @@ def solve_exactly(
     """Return the best choice for every unit, by HiGHS's branch and bound; ``None`` without any.
 
     ``min sum(minimize * x)``, ``x`` in {0, 1}, one choice for each unit,
-    ``sum(quantity * x) <= bound`` for each limit.
+    ``sum(quantity * x) <= bound`` for each limit; then the least of `tie` among what is as good.
 
     Args:
         problem: The choices.
-        minimize: What is minimized, for each choice.
+        minimize: What is minimized, for each choice; not negative.
         limits: What must be kept to.
         tie: What decides between choices equally good.
         without: Choices that are not to be returned.
     """
-    objective = _SCALE * _normalized(minimize)
-    if tie is not None:
-        objective = objective + _TIE * _normalized(tie)
-    count, units = len(problem.formats), len(problem.units)
-    member = (problem.unit_of == np.arange(units)[:, None]).astype(float)
-    rows, limits = [LinearConstraint(member, 1, 1)], list(limits)
-    for limit in limits:
-        left = limit.bound - problem.fixed[limit.quantity]
-        if left < 0:
+    programme = _Programme(problem, list(limits), without)
+    best = programme.least(minimize)
+    if best is None or tie is None:
+        return best
+    programme.limit(minimize, float(minimize[best].sum()))
+    decided = programme.least(tie)
+    return best if decided is None else decided
+
+
+class _Programme:
+    """The integer programme of a problem, in numbers that the solver is exact in.
+
+    It takes what differs by 1e-6 for equal. So choices that alone are above a bound are left out,
+    values are those above each unit's least, and whole numbers are divided by what they have in
+    common.
+    """
+
+    def __init__(self, problem: Problem, limits: list[Limit], without: Iterable[Array]) -> None:
+        self.problem, self.limits = problem, limits
+        count, units = len(problem.formats), len(problem.units)
+        member = (problem.unit_of == np.arange(units)[:, None]).astype(float)
+        self.rows = [LinearConstraint(member, 1, 1)]
+        self.rows += [_without(problem, chosen) for chosen in without]
+        self.bounds: list[tuple[Array, float]] = []
+        self.allowed = np.ones(count, dtype=bool)
+        for limit in limits:
+            bound = limit.bound * (1 + _TOLERANCE / 2) - problem.fixed[limit.quantity]
+            self._add(problem.values[limit.quantity], bound, _STEPS.get(limit.quantity))
+
+    def limit(self, values: Array, bound: float) -> None:
+        """Let the sum of values be no more than a bound that some choice has."""
+        self._add(values, bound * (1 + _TOLERANCE))
+
+    def _add(self, values: Array, bound: float, steps: float | None = None) -> None:
+        units = range(len(self.problem.units))
+        least = np.array([values[c].min() for c in map(self.problem.choices, units)])
+        above, left = values - least[self.problem.unit_of], bound - float(least.sum())
+        self.allowed = self.allowed & (above <= left)
+        above = np.where(self.allowed, above, 0.0)
+        if steps is not None:
+            whole = np.round(above * steps).astype(np.int64)
+            common = max(int(np.gcd.reduce(whole)), 1)
+            above, left = (whole // common).astype(float), float(np.floor(left * steps / common))
+        if left > 0:
+            scale = _SCALE / left if steps is None else min(1.0, _SCALE**2 / left)
+            self.bounds.append((scale * above, scale * left))
+
+    def least(self, minimize: Array) -> Array | None:
+        """Return the choice of least sum, ``None`` without any.
+
+        What alone is above a sum that was found is left out, and the rest searched again, until
+        the sum is not small beside its parts: the solver's gap is one of the largest part.
+        """
+        allowed, best, value = self.allowed, None, np.inf
+        while (found := self._solved(minimize, allowed)) is not None:
+            before, now = value, float(minimize[found].sum())
+            if now >= before:
+                return best
+            best, value = found, now
+            largest = float(minimize[allowed].max())
+            if value == 0 or value >= _GAP * largest:
+                return best
+            allowed = allowed & (minimize <= value)
+        return best
+
+    def _solved(self, minimize: Array, allowed: Array) -> Array | None:
+        units = range(len(self.problem.units))
+        if not all(allowed[c].any() for c in map(self.problem.choices, units)):
             return None
-        values = problem.values[limit.quantity]
-        scale = max(left, float(values.max()), np.finfo(float).tiny)
-        rows.append(LinearConstraint(values[None] / scale, ub=left / scale))
-    rows += [_without(problem, chosen) for chosen in without]
-    while True:
-        found = milp(
-            objective,
-            integrality=np.ones(count),
-            bounds=Bounds(0, 1),
-            constraints=rows,
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.x is None:
-            return None
-        chosen = np.array([c[found.x[c].argmax()] for c in map(problem.choices, range(units))])
-        if keeps_to(problem, chosen, limits):
-            return chosen
-        rows.append(_without(problem, chosen))  # the solver's tolerance let it pass
+        largest = float(minimize[allowed].max())
+        objective = np.where(allowed, minimize, 0.0) * (_SCALE / largest if largest else 0.0)
+        tried = 0
+        while True:
+            found = milp(
+                objective,
+                integrality=np.ones(len(objective)),
+                bounds=Bounds(0, allowed.astype(float)),
+                constraints=self._constraints(tried // _TRIES),
+                options={"mip_rel_gap": 0.0},
+            )
+            if found.x is None:
+                return None
+            chosen = np.array([c[found.x[c].argmax()] for c in map(self.problem.choices, units)])
+            if keeps_to(self.problem, chosen, self.limits):
+                return chosen
+            self.rows.append(_without(self.problem, chosen))  # the solver's tolerance let it pass
+            tried += 1
+
+    def _constraints(self, hairs: int) -> list[LinearConstraint]:
+        """Return all constraints, with bounds lowered by so many times the solver's tolerance."""
+        return [
+            *self.rows,
+            *(LinearConstraint(a[None], ub=b * (1 - hairs * 1e-6)) for a, b in self.bounds),
+        ]
 
 
 def _without(problem: Problem, chosen: Array) -> LinearConstraint:
@@ -108,12 +179,6 @@ def keeps_to(problem: Problem, chosen: Array, limits: Iterable[Limit]) -> bool:
     """Return whether a choice is within all limits."""
     limits = list(limits)
     return within(limits, {x.quantity: problem.total(x.quantity, chosen) for x in limits})
-
-
-def _normalized(values: Array) -> Array:
-    largest = float(np.abs(values).max(initial=0.0))
-    scaled: Array = values / largest if largest else values
-    return scaled
 
 
 def _moves(problem: Problem, chosen: Array) -> list[int]:
