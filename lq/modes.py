@@ -64,3 +64,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Give a model its buffers' values back after a while, in which its passes may change them."""
+    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in _buffers(m)]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, b) for name, b in module._buffers.items() if b is not None]

@@ -30,7 +30,7 @@ def read_plan(model: ir.Model) -> dict[str, str]:
     plan = {}
     for node in model.graph:
         if node.op_type in WEIGHTED:
-            weight, input = _format(node.inputs[1]), _format(node.inputs[0])
+            weight, input = _weight_format(node.inputs[1]), _format(node.inputs[0])
             alone = weight == input or weight in _FLOATS.values()
             plan[str(node.name)] = weight if alone else f"{weight}/{input}"
     return plan
@@ -73,6 +73,14 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     while (move := producer(value, "Transpose", "Reshape", "Cast", "DequantizeLinear")) is not None:
         value = move.inputs[0]
     return value if constant(value) is not None else None
+
+
+def _weight_format(value: ir.Value | None) -> str:
+    """Return the format that a weight is stored in, also where it is then cast to 16 bits."""
+    source = value
+    while (move := producer(source, "Transpose", "Reshape", "Cast")) is not None:
+        source = move.inputs[0]
+    return _format(source if producer(source, "DequantizeLinear") is not None else value)
 
 
 def _format(value: ir.Value | None) -> str:

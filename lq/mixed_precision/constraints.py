@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from lq.costs import Costs
 from lq.formats import layer_formats
 from lq.messages import suggest
@@ -16,7 +18,13 @@ FORMATS_IN_PLAY = ("fp32", "bf16", "fp16", "fp8_e4m3", "int8", "int4")
 
 
 class UnreachableError(ValueError):
-    """No plan keeps to the limits."""
+    """No plan keeps to the limits.
+
+    Attributes:
+        nearest: The model of the plan that came nearest, where plans were measured.
+    """
+
+    nearest: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,9 @@ class _Ladder:
         try:
             model = climb()
         except UnreachableError as error:
-            note = str(error)
-        rung = Rung(name, note=note) if model is None else self._measured(name, model)
-        rung = dataclasses.replace(rung, seconds=time.perf_counter() - started)
+            model, note = error.nearest, str(error)
+        rung = Rung(name) if model is None else self._measured(name, model)
+        rung = dataclasses.replace(rung, note=note, seconds=time.perf_counter() - started)
         self.climbed.append((rung, model))
         log.info("%s", rung)
         return rung

@@ -143,9 +143,14 @@ class SearchLoop:
         values = trial.values()
         return sum(max(values[x.quantity] / x.bound - 1, 0.0) for x in self.limits)
 
+    @property
+    def nearest(self) -> Trial:
+        """The plan that came nearest to the limits, of those that were measured."""
+        return min(self.trials, key=self._excess)
+
     def failed(self) -> UnreachableError:
         """Return the error that says which limit no plan kept, and how near one came."""
-        best = min(self.trials, key=self._excess)
+        best = self.nearest
         values = best.values()
         broken = next(limit for limit in self.limits if not keeps_to([limit], values))
         beside = ", ".join(f"{x.name}={x.given:g}" for x in self.limits if x is not broken)

@@ -71,7 +71,8 @@ def verified_search(
         minimize: As for ``search``.
 
     Raises:
-        UnreachableError: If no plan keeps to the limits: which one fails, and its nearest value.
+        UnreachableError: If no plan keeps to the limits: which one fails, its nearest value, and
+            the model that has it.
     """
     costs = costs or find_costs(model, next(iter(batches)), constraints, sensitivity.formats)
     loop = SearchLoop(sensitivity, constraints, costs, minimize)
@@ -82,7 +83,10 @@ def verified_search(
         quantized = bench.prepared(plan)
         trial = loop.judge(plan, bench.drop(quantized), bench.latency(quantized, loop.timed_by))
         log.info("%s", trial)
-        models = {k: m for k, m in [*models.items(), (trial, quantized)] if k is loop.kept}
+        wanted = loop.kept or loop.nearest
+        models = {k: m for k, m in [*models.items(), (trial, quantized)] if k is wanted}
     if loop.kept is None:
-        raise loop.failed()
+        error = loop.failed()
+        error.nearest = models[loop.nearest]
+        raise error
     return VerifiedPlan(loop.kept.plan, models[loop.kept], loop.trials)

@@ -69,21 +69,22 @@ def _distance(larger: np.ndarray, smaller: np.ndarray, total: int) -> float:
 class Halving:
     """Chooses which variants to measure on the next batch.
 
-    Like successive halving (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification
-    and Hyperparameter Optimization", section 3), with fewer variants on more batches; what goes
-    on is what is not decided, and when the work left is too little for all of it, the half that is
-    least decided.
+    Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
+    Hyperparameter Optimization", section 3) on intervals: what is decided is measured no more; and
+    at each doubling of the batches, as long as the work left is too little for all that is open,
+    the half that is least decided goes on.
 
     Args:
         variants: All variants.
         costs: Variant -> forward passes for a batch.
         metric: What they are ranked by.
-        top: How many of the most sensitive units are wanted, for each format and part.
+        top: How many of the most sensitive units are wanted, for each format and part; at most
+            half of them.
         batches: How many batches there are.
 
     Attributes:
         open: What to measure next; empty when the ranking is decided or the work is spent.
-        undecided: What was open when the work was spent.
+        undecided: What is not decided by all that was measured.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Halving:
     ) -> None:
         self.variants, self.costs, self.top, self.batches = variants, costs, top, batches
         self.column = COLUMNS.index(metric)
-        self.open = list(variants)
+        self.open, self.undecided = list(variants), list(variants)
         self.budget = BUDGET * batches * self._work(variants)
         self.spent = 0.0
 
@@ -107,24 +108,30 @@ class Halving:
     def decide(self, journal: Journal, index: int) -> None:
         """Take note of a batch that was measured, and choose what goes on."""
         self.spent += self._work(self.open)
-        distances: dict[Variant, float] = {}
+        distances = self._distances(journal, index)
+        if distances is not None:
+            self.undecided = sorted(distances, key=distances.__getitem__)
+            self.open = [variant for variant in self.undecided if variant in self.open]
+            if (index + 1) & index == 0:
+                self._halve(self.batches - index - 1)
+        if self.spent + self._work(self.open) > self.budget:
+            self.open = []
+
+    def _distances(self, journal: Journal, index: int) -> dict[Variant, float] | None:
+        """Return how far what is not decided is from being so, ``None`` with too few samples."""
+        found: dict[Variant, float] = {}
         for group in {(v.format, v.part): None for v in self.variants}:
             by_unit = {v.unit: v for v in self.variants if (v.format, v.part) == group}
             values = {u: journal.values(v.key, index)[:, self.column] for u, v in by_unit.items()}
             n = max(map(len, values.values()))
             if n < FEWEST:
-                return
+                return None
             top = min(self.top, max(len(values) // 2, 1))
-            found = still_open(values, top, n * self.batches // (index + 1))
-            distances |= {
-                by_unit[unit]: d for unit, d in found.items() if by_unit[unit] in self.open
-            }
-        self.open = sorted(distances, key=distances.__getitem__)
-        left = self.batches - index - 1
-        if left and self.open:
-            self._fit((self.budget - self.spent) / left, left)
+            still = still_open(values, top, n * self.batches // (index + 1))
+            found |= {by_unit[unit]: distance for unit, distance in still.items()}
+        return found
 
-    def _fit(self, share: float, left: int) -> None:
-        """Halve what is open while the work left is not enough for all of it to the end."""
-        if self.spent + self._work(self.open) > self.budget:
-            self.open = []
+    def _halve(self, left: int) -> None:
+        """Keep the half that is least decided where the work left is too little for all."""
+        if self.spent + left * self._work(self.open) > self.budget:
+            self.open = self.open[: (len(self.open) + 1) // 2]

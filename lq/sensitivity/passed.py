@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from lq.dataflow import Dataflow, Flow
@@ -35,12 +36,14 @@ def passed_on(dataflow: Dataflow, changeable: Iterable[str]) -> set[str]:
 
 
 def _single_readers(dataflow: Dataflow, flow: Flow) -> Iterable[tuple[str, str]]:
-    """Yield the children whose output goes into one other child, both being called once."""
-    for node in flow.graph.nodes:
-        if node.op != "call_module" or len(node.users) != 1:
-            continue
-        (user,) = node.users
-        if user.op == "call_module":
+    """Yield the children whose output goes into the next child alone, both being called once.
+
+    The next that is called: no other can change between them, and have one computed again but
+    not the other.
+    """
+    calls = [node for node in flow.graph.nodes if node.op == "call_module"]
+    for node, user in itertools.pairwise(calls):
+        if list(node.users) == [user]:
             name, reader = dataflow.child(flow, node), dataflow.child(flow, user)
             if flow.calls[name] == flow.calls[reader] == 1:
                 yield name, reader

@@ -93,8 +93,12 @@ class Replay:
         self._affected: set[str] | None = None
 
     def __enter__(self) -> Replay:
-        for module in self._modules.values():
-            record(module, self)
+        try:
+            for module in self._modules.values():
+                record(module, self)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

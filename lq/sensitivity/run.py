@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lq.batches import model_inputs
 from lq.costs import count_costs
 from lq.digest import DataDigest, model_digest
 from lq.formats import FORMATS, layer_formats
-from lq.modes import eval_mode
+from lq.modes import eval_mode, same_buffers
 from lq.sensitivity.adaptive import BUDGET, Halving
 from lq.sensitivity.checks import check_arguments, first_batch, metric_for
 from lq.sensitivity.exact import Exact, Variant
@@ -82,7 +81,8 @@ def sweep(
         left_float: Also measure each unit left float in a model that is all in the format.
         calibration: Batches to find ranges from; the first 16 of `batches`, if not given.
         calibrator: How: ``"max"``, ``"percentile"``, ``"entropy"`` or ``"mse"``.
-        top: How many of the most sensitive units ``"adaptive"`` is to tell from the rest.
+        top: How many of the most sensitive units ``"adaptive"`` is to tell from the rest; at most
+            half of them.
         journal: File that keeps what was measured; a killed sweep goes on from it.
         progress: Show progress bars.
 
@@ -103,12 +103,13 @@ def sweep(
     check_arguments(model, batches, formats, method, parts, left_float, calibrator)
     first = first_batch(batches)
     # Lightning validates in inference mode, whose tensors do not tell when they are changed.
-    with torch.inference_mode(False), eval_mode(model):
+    with torch.inference_mode(False), eval_mode(model), same_buffers(model):
+        own = model_digest(model)
         metric = metric_for(model, first, method, metric)
         calibration = FirstBatches(batches) if calibration is None else calibration
         states = States(model, recipe, formats, calibration, calibrator, progress)
         found = find_units(states.dataflow, states.layers, units)
-        notes = Journal(journal, _header(states, found))
+        notes = Journal(journal, _header(states, found, own, method))
         meter = (Gradient if method == "gradient" else Exact)(
             states, found, _variants(found, formats, parts, left_float), notes
         )
@@ -130,7 +131,7 @@ def sweep(
         top1=top1,
         recipe=recipe.to_dict(),
         whole=whole,
-        model_hash=model_digest(model),
+        model_hash=own,
         data_hash=data,
         passes=passes,
         fallback=meter.fallback,
@@ -161,11 +162,12 @@ def _variants(
     return found
 
 
-def _header(states: States, units: Units) -> dict[str, Any]:
-    """Return what a journal is of."""
+def _header(states: States, units: Units, model: str, method: str) -> dict[str, Any]:
+    """Return what a journal is of; what ``"adaptive"`` measures is as good for ``"exact"``."""
     return {
         "version": VERSION,
-        "model": model_digest(states.model),
+        "method": "gradient" if method == "gradient" else "exact",
+        "model": model,
         "recipe": states.recipe.to_dict(),
         "ranges": {format: states.digest(format) for format in states.recipes},
         "units": units,
@@ -193,25 +195,24 @@ def _go_through(
         for index, batch in enumerate(batches):
             if halving is not None and not halving.open:
                 break
-            journal.check_batch(index, _digest(meter.model, batch, data))
+            journal.check_batch(index, _digest(batch, data))
             meter.measure(index, batch, meter.variants if halving is None else halving.open)
             if halving is not None:
                 journal.exchange()
                 halving.decide(journal, index)
             seen = index + 1
         journal.exchange()
-    if halving is not None and halving.open:
-        names = ", ".join(v.unit for v in halving.open)
+    if halving is not None and halving.undecided:
+        names = ", ".join(dict.fromkeys(v.unit for v in halving.undecided))
         log.warning("Still open when the work was spent: whether %s are in the top.", names)
     return data.own, seen
 
 
-def _digest(model: nn.Module, batch: Any, data: DataDigest) -> str:
-    """Take a batch into the hash of all, and return its own."""
-    args, kwargs = model_inputs(model, batch)
+def _digest(batch: Any, data: DataDigest) -> str:
+    """Take a batch, class numbers and all, into the hash of all, and return its own."""
     own = DataDigest()
     for digest in (own, data):
-        digest.add([*args, batch[-1] if isinstance(batch, (list, tuple)) else None], kwargs)
+        digest.add([batch], {})
     return own.own
 
 

@@ -82,10 +82,11 @@ class States:
         calibrator: str = "max",
         progress: bool = True,
     ) -> None:
-        self.model, self.recipe = model, recipe
+        self.model = model
         self.dataflow = Dataflow(model)
         found, self.left = quantizable_layers(model)
         self.all_layers = found
+        self.recipe = recipe = recipe.of_layers(list(found)) if found else recipe
         self.recipes = {format: in_format(recipe, format) for format in formats}
         self.layers = {
             name: layer
@@ -176,6 +177,7 @@ class States:
         """Put the model into a state."""
         names = self.changed(target)
         for name in names:
+            self.now = {**self.now, name: target.get(name, {})}  # also where it is interrupted
             self._set(name, self.modules[name], target.get(name, {}))
         self.now = target
         if names and self._transformers:
@@ -183,7 +185,7 @@ class States:
 
     def changed(self, target: State) -> list[str]:
         """Return the modules that differ between the state now and another."""
-        return [n for n in {**self.now, **target} if self.now.get(n) != target.get(n)]
+        return [n for n in {**self.now, **target} if self.now.get(n, {}) != target.get(n, {})]
 
     def _set(self, name: str, module: nn.Module, slots: Mapping[str, Quantizer]) -> None:
         tape = forget(module)
