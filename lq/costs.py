@@ -34,12 +34,14 @@ class LayerCost:
         channels: Scales that a quantized weight has.
         biases: Numbers in its bias.
         macs: Multiply-accumulates for one sample.
+        tied: The layer whose weight it uses again; empty where it has its own.
     """
 
     weights: int
     channels: int
     biases: int
     macs: int
+    tied: str = ""
 
     def size_mb(self, format: str) -> float:
         """Return the size of weight, scales and bias, in 10^6 bytes."""
@@ -112,8 +114,19 @@ class Costs:
             >>> [round(costs.total("size_mb", {"0": format}) * 1e6) for format in ("fp32", "int8")]
             [864, 252]
         """
-        parts = (self.of(quantity, name, plan.get(name, "fp32")) for name in self.layers)
-        return self.rest(quantity) + sum(parts)
+        formats = {name: plan.get(name, "fp32") for name in self.layers}
+        parts = sum(self.of(quantity, name, format) for name, format in formats.items())
+        again = self._stored_again(formats) if quantity == "size_mb" else 0.0
+        return self.rest(quantity) + parts + again
+
+    def _stored_again(self, formats: Mapping[str, str]) -> float:
+        """Return the size of weights that another layer uses in another format than their own."""
+        pairs = {
+            (counted.tied, formats[name]): dataclasses.replace(self.layers[counted.tied], biases=0)
+            for name, counted in self.layers.items()
+            if counted.tied and formats[name] != formats[counted.tied]
+        }
+        return sum(owner.size_mb(format) for (_, format), owner in pairs.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; ``from_dict`` gives it back."""
@@ -138,22 +151,23 @@ def count_costs(model: nn.Module, batch: Any) -> Costs:
     with _hooks(layers, macs), _in_float(model):
         args, kwargs = model_inputs(model, batch)
         model(*args, **kwargs)
-    samples, counted = count_samples(batch), set[int]()
-    found = {name: _counted(m, macs[name] // samples, counted) for name, m in layers.items()}
+    samples, counted = count_samples(batch), dict[int, str]()
+    found = {name: _counted(name, m, macs[name] // samples, counted) for name, m in layers.items()}
     scales = {id(quantizer.scale) for quantizer in quantizers(model).values()}
     held = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    rest = sum(t.numel() for key, t in held.items() if key not in counted | scales)
+    rest = sum(t.numel() for key, t in held.items() if key not in {*counted} | scales)
     return Costs(found, 4 * rest / 1e6)
 
 
-def _counted(layer: nn.Module, macs: int, counted: set[int]) -> LayerCost:
+def _counted(name: str, layer: nn.Module, macs: int, counted: dict[int, str]) -> LayerCost:
     weight, bias = weight_of(layer), _bias_of(layer)
     assert weight is not None
+    tied = counted.get(id(weight), "")
     fresh = [x for x in (weight, bias) if x is not None and id(x) not in counted]
-    counted |= {id(x) for x in fresh}
+    counted |= {id(x): name for x in fresh}
     numbers = {id(x): x.numel() for x in fresh}
     channels = weight.shape[1 if isinstance(layer, _ConvTransposeNd) else 0]
-    return LayerCost(numbers.get(id(weight), 0), channels, numbers.get(id(bias), 0), macs)
+    return LayerCost(numbers.get(id(weight), 0), channels, numbers.get(id(bias), 0), macs, tied)
 
 
 def _bias_of(layer: nn.Module) -> Tensor | None:

@@ -92,6 +92,22 @@ def test_tied_weights_count_once() -> None:
     assert costs.total("size_mb", {}) == (64 + 16) * 4 / 1e6
 
 
+def test_tied_weights_in_two_formats_are_stored_twice() -> None:
+    model = nn.Sequential(OrderedDict(a=nn.Linear(64, 64), b=nn.Linear(64, 64)))
+    model.b.weight = model.a.weight
+    costs = count_costs(model, torch.randn(2, 64))
+    biases, wide, narrow = 2 * 64 * 4, 64 * 64 * 4, 64 * 64 + (64 + 1) * 4
+    for plan, size in (
+        ({}, wide),
+        ({"a": "int8", "b": "int8"}, narrow),
+        ({"a": "int8"}, wide + narrow),
+        ({"b": "int8"}, wide + narrow),
+    ):
+        assert costs.total("size_mb", plan) == pytest.approx((biases + size) / 1e6)
+    found = lq.sweep(model, [torch.randn(4, 64)], progress=False)
+    assert found.units == {"a": ("a", "b")}
+
+
 @pytest.mark.parametrize("format", ["int8", "int4", "fp16", "fp32"])
 def test_size_is_that_of_the_file_less_its_graph(format, tmp_path) -> None:
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from lq.models import digits_cnn
 from lq.plan import PrecisionPlan
 from tests.test_export_formats import Branches
 
-FORMATS = ("int8", "int4", "fp16", "bf16", "fp32", "fp8_e4m3", "int8/fp32")
+FORMATS = ("int8", "int4", "fp16", "bf16", "fp32", "fp8_e4m3", "int8/fp32", "int8/fp16")
 
 
 def transformer() -> nn.Module:
@@ -50,6 +50,15 @@ def test_read_back_from_model_and_graph_it_is_the_same_plan(factory, shape, seed
     plan, batch = random_plan(model, seed), torch.randn(4, *shape)
     lq.calibrate(lq.quantize(model, lq.Recipe.from_plan(plan)), [batch], progress=False)
     assert PrecisionPlan.of(model) == plan
+    assert PrecisionPlan(read_layers(trace(model, batch))) == plan
+
+
+@pytest.mark.parametrize("format", ["int8/fp16", "int8/bf16", "int8/fp32", "fp16"])
+def test_weights_that_are_cast_are_what_is_stored(format: str) -> None:
+    torch.manual_seed(0)
+    model, batch = digits_cnn().eval(), torch.randn(4, 1, 8, 8)
+    plan = PrecisionPlan.of(model).changed({"3.conv1": format, "9": format})
+    lq.calibrate(lq.quantize(model, lq.Recipe.from_plan(plan)), [batch], progress=False)
     assert PrecisionPlan(read_layers(trace(model, batch))) == plan
 
 

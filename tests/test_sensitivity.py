@@ -424,6 +424,95 @@ def test_rank_correlation_is_that_of_ranks():
     assert one.rank_correlation(other, "int4") == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
+class Interleaved(nn.Module):
+    """Runs a layer between one branch's layer and its activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.k, self.b = nn.Linear(8, 16), nn.Linear(8, 16), nn.ReLU()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        a = self.a(x)
+        k = self.k(x)
+        return self.head(self.b(a) + k)
+
+
+def test_branches_that_interleave_are_replayed():
+    model, data = model_of(Interleaved), batches(size=1, channels=8, classes=4)
+    data = [(x.flatten(1), t) for x, t in data]
+    found = lq.sweep(model, data, ["int8"], metric="kl", progress=False)
+    assert not found.fallback
+    changed = in_format(model, data, "int8", ["k"], list(found.units))
+    values = compare(logits(model, data), logits(changed, data), None).numpy().astype(np.float64)
+    assert found.row("k", "int8").kl == pytest.approx(values[:, 3].mean(), rel=1e-9)
+
+
+def test_a_fused_transformer_takes_no_more_passes_than_naive():
+    model, data = model_of(Attention), batches()
+    found = lq.sweep(model, data, metric="kl", progress=False)
+    assert 1 < found.passes <= 1 + len(found.units)
+
+
+@pytest.mark.parametrize("ends", ["fp16", "skip"])
+def test_first_and_last_are_swept_in_the_format_or_skipped(ends):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).eval()
+    data = [(x.flatten(1)[:, :16], t) for x, t in batches()]
+    arguments = {"formats": ["int4", "int8"], "metric": "kl", "progress": False}
+    plain = lq.sweep(model, data, recipe=lq.Recipe(), **arguments)
+    found = lq.sweep(model, data, recipe=lq.Recipe(first_and_last=ends), **arguments)
+    assert found.layers == (("1",) if ends == "skip" else ("0", "1", "2"))
+    for row in found:
+        assert row.kl == plain.row(row.layer, row.format).kl
+
+
+class Counter(nn.Sequential):
+    """Counts its passes in a buffer, in eval mode too."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x)
+
+
+def test_buffers_that_a_pass_changes_are_given_back(tmp_path):
+    model, data = Counter(digits_cnn()).eval(), batches(channels=1, classes=10)
+    before = lq.digest.model_digest(model)
+    found = lq.sweep(model, data, journal=tmp_path / "j", progress=False)
+    assert found.model_hash == before == lq.digest.model_digest(model)
+    assert lq.sweep(model, data, journal=tmp_path / "j", progress=False) == found
+
+
+class Odd(nn.Module):
+    """Allows no subclass that records."""
+
+    def __init_subclass__(cls, **kwargs):
+        if cls.__name__.startswith("Recorded"):
+            raise TypeError("no subclass")
+
+    def forward(self, x):
+        return x
+
+
+def test_a_module_that_cannot_be_recorded_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), Odd(), nn.Linear(8, 4)).eval()
+    with pytest.raises(TypeError, match="no subclass"):
+        lq.sweep(model, [torch.randn(4, 8)], progress=False)
+    assert [type(m) for m in model] == [nn.Linear, Odd, nn.Linear]
+
+
+def test_what_stays_open_is_told(caplog):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))).eval()
+    data = [(x.flatten(1)[:, :16], t) for x, t in batches(8, samples=4)]
+    full = lq.sweep(model, data, metric="top1", progress=False)
+    found = lq.sweep(model, data, method="adaptive", metric="top1", progress=False)
+    assert found.passes <= 0.5 * full.passes  # a batch over the budget at the most
+    assert "Still open when the work was spent" in caplog.text
+
+
 class Stop(Exception):
     """Ends a sweep in its midst."""
 
@@ -491,12 +580,34 @@ lq.sweep(model_of(digits_cnn), batches(4, channels=1, classes=10), journal={str(
     assert again == lq.sweep(model, data, progress=False)
 
 
+def test_labels_in_mappings_count(tmp_path):
+    class Named(nn.Sequential):
+        def forward(self, u):
+            return super().forward(u)
+
+    model, x = Named(nn.Linear(8, 4)).eval(), torch.randn(16, 8)
+    found = []
+    for label in (0, 1):
+        data = [{"u": x, "labels": torch.full((16,), label)}]
+        found.append(lq.sweep(model, data, journal=tmp_path / str(label), progress=False))
+    assert found[0].data_hash != found[1].data_hash
+    with pytest.raises(ValueError, match="batch 0 is another"):
+        lq.sweep(model, data, journal=tmp_path / "0", progress=False)
+
+
 def test_a_journal_of_something_else_is_refused(tmp_path):
     model, data = model_of(digits_cnn), batches(channels=1, classes=10)
     journal = tmp_path / "sweep.jsonl"
     lq.sweep(model, data, journal=journal, calibration=data[:1], progress=False)
     with pytest.raises(ValueError, match="batch 0 is another"):
         lq.sweep(model, data[::-1], journal=journal, calibration=data[:1], progress=False)
+    other = [(x, (t + 1) % 10) for x, t in data]
+    with pytest.raises(ValueError, match="batch 0 is another"):
+        lq.sweep(model, other, journal=journal, calibration=data[:1], progress=False)
+    with pytest.raises(ValueError, match="its method is another"):
+        lq.sweep(
+            model, data, method="gradient", journal=journal, calibration=data[:1], progress=False
+        )
     with pytest.raises(ValueError, match="its recipe is another"):
         lq.sweep(model, data, journal=journal, recipe="openvino_int8", progress=False)
     torch.nn.init.zeros_(model[9].weight)

@@ -273,11 +273,34 @@ def test_the_ladder_to_its_end(digits) -> None:
         rightness(model, held_out), rightness(report.model, held_out)
     )
     assert report.rungs[3].gain == pytest.approx(
-        report.rungs[1].drop.mean - report.rungs[3].drop.mean
+        report.rungs[2].drop.mean - report.rungs[3].drop.mean
     )
     assert "max_accuracy_drop" in report.rungs[2].note
     assert all(rung.seconds > 0 for rung in report.rungs)
     assert str(report).count("\n") == 3
+
+
+def test_the_nearest_plan_that_was_measured_is_not_lost(digits) -> None:
+    model, _, calibration, held_out = digits
+    costs = count_costs(model, calibration[0])
+    coarse = lq.Recipe.from_dict({"weights": "int2", "inputs": "int8", "residual": None})
+    int4 = costs.total("size_mb", dict.fromkeys(costs.layers, "int4"))
+    report = accuracy_guard(
+        model,
+        calibration,
+        held_out,
+        PrecisionConstraints(max_accuracy_drop=0.0035, max_size_mb=1.001 * int4),
+        recipe=coarse,
+        formats=("int8", "int4"),
+        calibrator="max",
+        progress=False,
+    )
+    mixed = report.rungs[-1]
+    assert not report.kept
+    assert "plans that were measured" in mixed.note
+    assert mixed.drop.high < report.rungs[0].drop.low
+    assert report.plan == mixed.plan
+    assert paired_drop(rightness(model, held_out), rightness(report.model, held_out)) == mixed.drop
 
 
 def test_a_ladder_too_short_gives_the_best_of_its_rungs(digits) -> None:

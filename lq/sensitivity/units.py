@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lq.dataflow import Dataflow
+from lq.gemm import weight_of
 from lq.messages import suggest
 from lq.placement import INPUT, place
 from lq.spec import LayerSpec, Recipe
@@ -25,7 +26,7 @@ def find_units(
     """Return the units of a model, in the order of their first layers.
 
     Attention and its output projection are always in one unit, since a float attention does not
-    call its projection.
+    call its projection; and so are layers that share a weight, which is stored once.
 
     Args:
         dataflow: The model.
@@ -46,7 +47,7 @@ def find_units(
     if isinstance(units, Mapping):
         named = {name: _matching(name, globs, layers) for name, globs in units.items()}
         _check_apart(named)
-        return _with_projections(
+        return _with_tied(
             dict(sorted(named.items(), key=lambda u: list(layers).index(u[1][0]))), layers
         )
     if units not in UNITS:
@@ -55,7 +56,7 @@ def find_units(
             f"{suggest(units, UNITS)}"
         )
     group = {"layers": _alone, "inputs": _by_input, "blocks": _by_block}[units]
-    return _with_projections(group(dataflow, layers), layers)
+    return _with_tied(group(dataflow, layers), layers)
 
 
 def _alone(dataflow: Dataflow, layers: Mapping[str, nn.Module]) -> Units:
@@ -117,17 +118,28 @@ def _check_apart(units: Units) -> None:
             seen[layer] = name
 
 
-def _with_projections(units: Units, layers: Mapping[str, nn.Module]) -> Units:
-    """Return the units with every attention's output projection beside it."""
-    projections = {
+def _with_tied(units: Units, layers: Mapping[str, nn.Module]) -> Units:
+    """Return the units with layers that go with another one beside it."""
+    leaders = _leaders(layers)
+    joined = {}
+    for name, members in units.items():
+        kept = [m for m in members if m not in leaders]
+        kept += [follower for follower, leader in leaders.items() if leader in kept]
+        if kept:
+            joined[name] = tuple(layer for layer in layers if layer in kept)
+    return joined
+
+
+def _leaders(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return layer -> the one that it goes with: attention, or the first with its weight."""
+    first: dict[int, str] = {}
+    found = {
         f"{name}.out_proj": name
         for name, layer in layers.items()
         if isinstance(layer, nn.MultiheadAttention) and f"{name}.out_proj" in layers
     }
-    joined = {}
-    for name, members in units.items():
-        kept = [m for m in members if m not in projections]
-        kept += [p for p, attention in projections.items() if attention in kept]
-        if kept:
-            joined[name] = tuple(layer for layer in layers if layer in kept)
-    return joined
+    for name, layer in layers.items():
+        owner = first.setdefault(id(weight_of(layer)), name)
+        if owner != name:
+            found.setdefault(name, owner)
+    return found
