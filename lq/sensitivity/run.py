@@ -119,6 +119,7 @@ def sweep(
             if method == "adaptive" and isinstance(meter, Exact):
                 halving = _halving(meter, batches, metric, top)
             data, seen = _go_through(meter, batches, halving, progress)
+        costs = count_costs(model, copied(first))
     passes = meter.passes() / (len(batches) if isinstance(batches, Sized) else seen)
     rows, whole, n, top1 = assemble(meter.until, notes, metric)
     return Sensitivity(
@@ -135,7 +136,7 @@ def sweep(
         data_hash=data,
         passes=passes,
         fallback=meter.fallback,
-        costs=count_costs(model, copied(first)),
+        costs=costs,
     )
 
 
