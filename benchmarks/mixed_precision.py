@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import torch
-from shared import CASES, FOLDER, batches
+from shared import CASES, FOLDER, batches, trained_digits
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -33,7 +33,6 @@ from lq.mixed_precision import (
     search,
     verified_search,
 )
-from lq.models import digits_cnn
 from lq.plan import PrecisionPlan
 from lq.sensitivity import Sensitivity
 
@@ -214,17 +213,11 @@ def published(case_name: str, count: int, images: int) -> tuple[Bench, Sensitivi
 
 def digits(formats: tuple[str, ...] = ("int8", "int4")) -> tuple[Bench, Sensitivity]:
     """Return a small net trained on handwritten digits, and its sweep."""
-    torch.manual_seed(0)
-    data, model = DigitsDataModule(batch_size=64), digits_cnn()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(4):
-        for x, y in data.train_dataloader():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    data = DigitsDataModule(batch_size=64)
+    model = trained_digits(data, epochs=4)
     calibration = list(data.calibration_dataloader())
     test = [*data.val_dataloader(), *data.test_dataloader()]
-    bench = Bench(model.eval(), calibration, test)
+    bench = Bench(model, calibration, test)
     found = lq.sweep(model, calibration, formats, metric="kl", recipe=RECIPE, progress=False)
     return bench, found
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torchvision
-from shared import CASES, FOLDER, batches
+from shared import CASES, FOLDER, batches, trained_digits
 from torch import Tensor, nn
 
 import lq
 from lq.data import DigitsDataModule
-from lq.models import digits_cnn
 from lq.modes import eval_mode, quantizer_mode
 from lq.sensitivity import Sensitivity
 from lq.sensitivity.exact import Exact, Variant
@@ -170,17 +169,9 @@ def data(name: str, images: int) -> tuple[nn.Module, list[Batch], list[Batch]]:
         case = CASES[name]
         tested = list(batches(case.data("test", images), 32))
         return case.model(), tested, list(batches(case.data("train", 256), 64))
-    torch.manual_seed(0)
     digits = DigitsDataModule(batch_size=32)
-    digits.setup("fit")
-    model = digits_cnn()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(5):
-        for x, target in digits.train_dataloader():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), target).backward()
-            optimizer.step()
-    return model.eval(), list(digits.val_dataloader()), list(digits.calibration_dataloader())
+    model = trained_digits(digits, epochs=5)
+    return model, list(digits.val_dataloader()), list(digits.calibration_dataloader())
 
 
 def rank(name: str, images: int, formats: list[str]) -> None:

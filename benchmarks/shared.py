@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lq.checkpoint import read_weights
+from lq.data import DigitsDataModule
 from lq.evaluation import evaluate
-from lq.models import create_model
+from lq.models import create_model, digits_cnn
 
 FOLDER = Path(os.environ.get("LQ_DATA", Path(__file__).resolve().parents[1] / "../shared/data"))
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,6 +74,20 @@ class ZippedImages(Dataset):
         image = Image.open(io.BytesIO(self.archive.read(name))).convert("RGB")
         image = centre(image, 224) if self.crop else image.resize((224, 224), Image.BICUBIC)
         return self.prepare(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255), label
+
+
+def trained_digits(data: DigitsDataModule, epochs: int) -> nn.Module:
+    """Return a small net, trained for a few epochs on handwritten digits."""
+    torch.manual_seed(0)
+    data.setup("fit")
+    model = digits_cnn()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(epochs):
+        for x, target in data.train_dataloader():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+    return model.eval()
 
 
 def centre(image: Image.Image, size: int) -> Image.Image:

@@ -22,6 +22,18 @@ def transformer() -> nn.Module:
     return torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=4)
 
 
+class Sums(nn.Module):
+    """Adds what two layers make of a tensor to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x) + self.c(x) + x
+
+
 def random_plan(model: nn.Module, seed: int) -> PrecisionPlan:
     chosen = random.Random(seed)
     plan = {name: chosen.choice(FORMATS) for name in PrecisionPlan.of(model)}
@@ -134,18 +146,11 @@ def test_an_addition_that_a_plan_names_has_that_format() -> None:
 
 
 def test_layers_that_disagree_leave_an_addition_to_the_base() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) + self.b(x) + x
-
-    plan = {"0.a": "int8", "0.b": "fp8_e4m3", "0.c": "int8"}
-    model = lq.quantize(nn.Sequential(Block()), lq.Recipe.from_plan(plan))
-    assert model[0].x_quantizer is model[0].a.input_quantizer
-    assert model[0].x_quantizer is not model[0].b.input_quantizer
+    plan = {"0.a": "fp32", "0.b": "int8", "0.c": "fp8_e4m3"}
+    model = lq.quantize(nn.Sequential(Sums()), lq.Recipe.from_plan(plan))
+    quantizer = model[0].a.output_quantizer
+    assert quantizer is model[0].b.input_quantizer
+    assert quantizer is not model[0].c.input_quantizer
 
 
 def test_pooling_has_a_format_of_the_plan() -> None:
@@ -226,17 +231,7 @@ def test_a_recipe_is_no_plan(tmp_path) -> None:
 
 def test_float_weights_that_read_integers_are_float() -> None:
     """A layer without quantizers behind an addition that has one multiplies in float."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            return self.b(x) + self.c(x) + x
-
-    model, x = Block(), torch.randn(4, 8)
+    model, x = Sums(), torch.randn(4, 8)
     plan = PrecisionPlan({"a": "int8", "b": "int8", "c": "fp32"})
     lq.calibrate(lq.quantize(model, lq.Recipe.from_plan(plan)), [x], progress=False)
     graph = trace(model, x)
