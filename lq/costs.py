@@ -192,18 +192,27 @@ def _hooks(layers: Mapping[str, nn.Module], macs: dict[str, int]) -> Iterator[No
 def _counter(name: str, macs: dict[str, int]) -> Callable[..., None]:
     def count(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = tensors([*args, *kwargs.values()])
-        macs[name] += _macs(layer, given, tensors(output)[0])
+        macs[name] += layer_macs(layer, given, tensors(output)[0])
         if isinstance(layer, nn.MultiheadAttention):  # which may not call its output projection
             macs[f"{name}.out_proj"] = macs[name] // 3
 
     return count
 
 
-def _macs(layer: nn.Module, given: list[Tensor], output: Tensor) -> int:
+def layer_macs(layer: nn.Module, given: list[Tensor], output: Tensor) -> int:
     """Return the multiply-accumulates of one call: places times the numbers of the weight.
 
     A convolution uses its weight once for every output place, a transposed one for every input
-    place, a Linear for every row.
+    place, a Linear for every row; an attention its own, without its output projection's.
+
+    Args:
+        layer: A layer with a weight.
+        given: The tensors it was given.
+        output: What it returned.
+
+    Example:
+        >>> layer_macs(nn.Linear(4, 8), [torch.zeros(2, 4)], torch.zeros(2, 8))
+        64
     """
     weight = weight_of(layer)
     assert weight is not None

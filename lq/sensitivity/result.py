@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from lq.costs import Costs
 from lq.files import written_whole
 from lq.messages import suggest
@@ -142,6 +140,8 @@ class Sensitivity:
             format: The format that both swept.
             part: What of the layers was in it.
         """
+        from scipy.stats import spearmanr  # which takes a second to import
+
         mine, others = (
             [s.row(unit, format, part).cost(s.metric) for unit in self.units] for s in (self, other)
         )
