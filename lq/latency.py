@@ -32,6 +32,7 @@ from lq.export.onnxruntime_encoding import ENCODINGS
 from lq.export.owners import node_owners, owner_by_name
 from lq.export.to_onnx import trace
 from lq.files import check_file_path, written_whole
+from lq.messages import one_line
 from lq.plan import PrecisionPlan
 from lq.samples import first_samples
 from lq.spec import Recipe
@@ -73,14 +74,16 @@ def measure_latency(
 
     The whole model is exported in one format after the other and run by the engine's profiler: by
     TensorRT where there is a GPU with it, else by ONNX Runtime on the CPU. Times are medians for
-    one sample. Changing formats between layers costs more, which is seen only when a plan as a
-    whole is measured. What an engine cannot run is left out, with a log message.
+    one sample. What a format adds to the time of no layer, as additions and conversions, is shared
+    out over the layers. Changing formats between layers costs more, which is seen only when a plan
+    as a whole is measured. What an engine cannot run is left out, with a log message.
 
     Args:
         model: The float model, or a quantized one.
         batch: One batch, whose first sample is run.
         formats: Formats besides fp32.
-        cache: JSON file of times by hardware; what it has is not measured again.
+        cache: JSON file of times by hardware; what it has of this graph, recipe and image size is
+            not measured again.
         recipe: What additions and pooling get.
         costs: What was counted of the layers, if it was.
 
@@ -88,19 +91,16 @@ def measure_latency(
         ValueError: If the cache is no such file.
     """
     costs = count_costs(model, batch) if costs is None else costs
+    model = dequantize(copy.deepcopy(model))
     engine = engine_at_hand()
     hardware = hardware_name(engine)
     stored = _read_cache(cache)
-    key = _model_key(costs)
+    key = _key(model, batch, recipe)
     known: dict[str, Times] = dict(stored.get(hardware, {}).get(key, {}))
     for format in ("fp32", *formats):
         if format not in known:
-            try:
-                known[format] = _layer_times(model, batch, format, recipe, engine)
-            except Exception as error:  # engines fail in their own ways on what they do not have
-                if format == "fp32":
-                    raise
-                log.warning("No latency of %s: %s cannot run it (%s).", format, engine, error)
+            times = _layer_times(model, batch, format, recipe, engine)
+            known |= {format: times} if times is not None else {}
     if cache is not None:
         stored.setdefault(hardware, {})[key] = known
         with written_whole(cache) as temporary:
@@ -109,8 +109,12 @@ def measure_latency(
 
 
 def _with_times(costs: Costs, known: Mapping[str, Times], engine: str, hardware: str) -> Costs:
-    latency = {n: {f: times.get(n, 0.0) for f, times in known.items()} for n in costs.layers}
-    rest = known.get("fp32", {}).get("", 0.0)
+    rest, count = known["fp32"].get("", 0.0), len(costs.layers)
+    more = {f: (times.get("", 0.0) - rest) / count for f, times in known.items()}
+    latency = {
+        name: {f: max(times.get(name, 0.0) + more[f], 0.0) for f, times in known.items()}
+        for name in costs.layers
+    }
     return dataclasses.replace(
         costs, latency=latency, rest_ms=rest, engine=engine, hardware=hardware
     )
@@ -118,26 +122,37 @@ def _with_times(costs: Costs, known: Mapping[str, Times], engine: str, hardware:
 
 def _layer_times(
     model: nn.Module, batch: Any, format: str, recipe: Recipe | str | Path, engine: str
-) -> Times:
-    """Return layer -> milliseconds with all layers in one format."""
-    model = dequantize(copy.deepcopy(model))
+) -> Times | None:
+    """Return layer -> milliseconds with all layers in a format, ``None`` where it does not run."""
+    model = copy.deepcopy(model)
     plan = PrecisionPlan(dict.fromkeys(PrecisionPlan.of(model), format))
     quantize(model, Recipe.from_plan(plan, recipe))
     if quantizers(model):
         calibrate(model, [batch], progress=False)
-    graph, one = _graph(model, batch, engine), first_samples(batch, 1)
-    args, kwargs = model_inputs(model, one)
+    graph = _graph(model, batch, engine)
     owners = node_owners(graph.graph)
-    if engine == "onnxruntime":
-        found = profile_onnxruntime(graph, args, kwargs)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = _built(graph, Path(folder))
-            found = profile_tensorrt(path, args, kwargs)
+    try:
+        found = _profile(graph, *model_inputs(model, first_samples(batch, 1)), engine)
+    except Exception as error:  # engines fail in their own ways on what they do not have
+        if format == "fp32":
+            raise
+        log.warning("No latency of %s: %s cannot run it (%s).", format, engine, one_line(error))
+        return None
     times: Times = defaultdict(float)
     for name, taken in found.items():
         times[owners.get(name) or owner_by_name(name, plan) or ""] += taken
+    unnamed = sorted(plan.keys() - times.keys())
+    if unnamed:
+        log.warning("The profile of %s has no time of %s: it counts as none.", format, unnamed)
     return dict(times)
+
+
+def _profile(graph: ir.Model, args: Any, kwargs: Any, engine: str) -> Times:
+    """Return node or kernel -> milliseconds."""
+    if engine == "onnxruntime":
+        return profile_onnxruntime(graph, args, kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        return profile_tensorrt(_built(graph, Path(folder)), args, kwargs)
 
 
 def file_latency(model: nn.Module, batch: Any, engine: str) -> float:
@@ -180,10 +195,13 @@ def _built(graph: ir.Model, folder: Path) -> Path:
     return folder / "model.engine"
 
 
-def _model_key(costs: Costs) -> str:
-    """Return what times depend on besides format and hardware: the layers and what they see."""
-    shapes = {name: dataclasses.astuple(counted) for name, counted in costs.layers.items()}
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+def _key(model: nn.Module, batch: Any, recipe: Recipe | str | Path) -> str:
+    """Return what times depend on besides format and hardware: operations, shapes and recipe."""
+    told = [Recipe.parse(recipe).to_json()]
+    for node in trace(model, batch).graph:
+        values = (*node.inputs, *node.outputs)
+        told += [node.op_type, *(str(value.shape) for value in values if value is not None)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _read_cache(path: str | Path | None) -> dict[str, dict[str, dict[str, Times]]]:

@@ -79,6 +79,36 @@ def test_times_are_kept_by_hardware(timed, monkeypatch, tmp_path) -> None:
         lq.measure_latency(model, BATCH, ["int8"], tmp_path / "broken.json")
 
 
+def test_times_are_those_of_the_same_graph_and_recipe() -> None:
+    def net(activation: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), activation, nn.Conv2d(4, 4, 3)).eval()
+
+    keys = [
+        latency._key(net(nn.ReLU()), BATCH, "onnxruntime_int8"),
+        latency._key(net(nn.GELU()), BATCH, "onnxruntime_int8"),
+        latency._key(net(nn.ReLU()), BATCH, "tensorrt_int8"),
+        latency._key(net(nn.ReLU()), BATCH[..., :6, :6], "onnxruntime_int8"),
+    ]
+    assert len(set(keys)) == 4
+    assert latency._key(net(nn.ReLU()), BATCH[:2], "onnxruntime_int8") == keys[0]
+
+
+def test_a_plan_of_one_format_takes_what_the_profile_says(timed) -> None:
+    _, costs, cache = timed
+    (models,) = json.loads(cache.read_text()).values()
+    (times,) = models.values()
+    for format in ("fp32", "int8"):
+        plan = dict.fromkeys(costs.layers, format)
+        assert costs.total("latency_ms", plan) == pytest.approx(sum(times[format].values()))
+
+
+def test_a_layer_without_a_time_is_named(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(latency, "_profile", lambda *args: {"0": 1.0})
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    lq.measure_latency(model, torch.randn(2, 4), [])
+    assert "no time of ['2']" in caplog.text
+
+
 def test_the_graph_as_a_whole(timed) -> None:
     model, _, _ = timed
     whole = latency.file_latency(model, BATCH, "onnxruntime")

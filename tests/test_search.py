@@ -272,6 +272,39 @@ def test_a_pin_on_a_part_of_a_unit() -> None:
         )
 
 
+def test_pins_of_layers_that_were_not_swept() -> None:
+    found, costs = swept(2), costs_of(3)
+    limits = PrecisionConstraints(max_size_mb=1, pinned={"u2": "fp32"})
+    assert search(found, limits, costs)["u2"] == "fp32"
+    with pytest.raises(ValueError, match=r"swept, but 'u2' was not"):
+        search(found, dataclasses.replace(limits, pinned={"u2": "int8"}), costs)
+    with pytest.raises(ValueError, match=r"'zz' matches none; choose from u0, u1, u2.$"):
+        search(found, dataclasses.replace(limits, pinned={"zz": "int8"}), costs)
+
+
+def test_pins_of_units_are_those_of_their_layers() -> None:
+    limits = PrecisionConstraints(
+        max_size_mb=1, pinned={"a": "int8", "block*": "fp16", "b": "fp32"}
+    )
+    by_layer = limits.by_layer({"block1": ("a", "b[0]", "b")})
+    assert [by_layer.pin(name) for name in ("a", "b[0]", "b", "c")] == [
+        "fp16", "fp16", "fp32", None,
+    ]  # fmt: skip
+
+
+def test_a_drop_that_a_sweep_cannot_tell(caplog) -> None:
+    found = swept(2, metric="kl")
+    search(found, PrecisionConstraints(max_accuracy_drop=0.5), costs_of(2))
+    assert "measured no top-1" in caplog.text
+    caplog.clear()
+    search(
+        dataclasses.replace(found, top1=0.9),
+        PrecisionConstraints(max_accuracy_drop=0.5),
+        costs_of(2),
+    )
+    assert "measured no top-1" not in caplog.text
+
+
 def test_costs_that_are_missing() -> None:
     for name in ("max_size_mb", "max_bitops"):
         with pytest.raises(ValueError, match=f"where `{name}` is limited.*lq.count_costs"):

@@ -173,7 +173,7 @@ def test_too_few_samples_to_show_it(digits, swept) -> None:
     ("data", "match"),
     [
         pytest.param([], "at least one batch", id="none"),
-        pytest.param([torch.zeros(2, 1, 8, 8)], "class numbers, but got Tensor", id="no targets"),
+        pytest.param([torch.zeros(2, 1, 8, 8)], "class numbers,.*but got Tensor", id="no targets"),
         pytest.param(iter([]), r"pass list\(held_out\)", id="once"),
     ],
 )
@@ -301,6 +301,50 @@ def test_the_nearest_plan_that_was_measured_is_not_lost(digits) -> None:
     assert mixed.drop.high < report.rungs[0].drop.low
     assert report.plan == mixed.plan
     assert paired_drop(rightness(model, held_out), rightness(report.model, held_out)) == mixed.drop
+
+
+def test_pins_hold_on_every_rung(digits) -> None:
+    """Also those of units of a sweep; one that matches nothing is refused before anything runs."""
+    model, _, calibration, held_out = digits
+    units = {"begin": ("0", "2"), "end": ("5",)}
+    found = lq.sweep(model, calibration, ["int8"], units=units, recipe=NO_RESIDUAL, progress=False)
+    limits = PrecisionConstraints(max_accuracy_drop=0.05, pinned={"begin": "fp16", "2": "fp32"})
+    arguments = {"recipe": NO_RESIDUAL, "calibrator": "max", "progress": False}
+    report = accuracy_guard(model, calibration, held_out, limits, sensitivity=found, **arguments)
+    assert report.kept
+    assert dict(report.plan) == {"0": "fp16", "2": "fp32", "5": "int8"}
+    limits = dataclasses.replace(limits, pinned={"zz": "int8"})
+    with pytest.raises(ValueError, match=r"'zz' matches none"):
+        accuracy_guard(model, calibration, held_out, limits, **arguments)
+
+
+def test_a_sweep_of_another_model(digits, swept, caplog) -> None:
+    model, _, calibration, held_out = digits
+    limits = PrecisionConstraints(max_accuracy_drop=0.05)
+    with pytest.raises(ValueError, match=r"sweep of this model, but it has no layer '2'"):
+        verified_search(nn.Sequential(model[0]), swept, limits, calibration, held_out)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained[0].weight.mul_(0.99)
+    verified_search(trained, swept, limits, calibration, held_out, recipe=NO_RESIDUAL)
+    assert "sweep is of other weights" in caplog.text
+    caplog.clear()
+    verified_search(model, swept, limits, calibration, held_out, recipe=NO_RESIDUAL)
+    assert "sweep is of other weights" not in caplog.text
+
+
+def test_batches_may_be_mappings(digits) -> None:
+    class Named(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.model(image)
+
+    model, _, _, held_out = digits
+    named = [{"image": x, "labels": y} for x, y in held_out]
+    assert torch.equal(rightness(Named(model), named), rightness(model, held_out))
 
 
 def test_a_ladder_too_short_gives_the_best_of_its_rungs(digits) -> None:

@@ -22,14 +22,18 @@ Prepare = Callable[[nn.Module], Any]
 
 
 def find_costs(
-    model: nn.Module, batch: Any, constraints: PrecisionConstraints, formats: Sequence[str]
+    model: nn.Module,
+    batch: Any,
+    constraints: PrecisionConstraints,
+    formats: Sequence[str],
+    recipe: Recipe | str | Path,
 ) -> Costs:
     """Return what the layers of a model cost, with their time where that is limited."""
     if not constraints.is_timed:
         return count_costs(model, batch)
     from lq.latency import measure_latency  # which imports every engine
 
-    return measure_latency(model, batch, formats)
+    return measure_latency(model, batch, formats, recipe=recipe)
 
 
 class Bench:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,9 +112,9 @@ class PrecisionConstraints:
                 "Expected at least one limit, but got none; give one, such as max_size_mb=8."
             )
         for name in self.limited:
-            if name != "max_accuracy_drop" and not getattr(self, name) > 0:
+            if name != "max_accuracy_drop" and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"Expected `{name}` to be above 0, but got {getattr(self, name)!r}."
+                    f"Expected `{name}` to be above 0 and finite, but got {getattr(self, name)!r}."
                 )
         object.__setattr__(self, "pinned", dict(self.pinned))
         if self.formats is not None:
@@ -175,14 +177,25 @@ class PrecisionConstraints:
         found = [f for pattern, f in self.pinned.items() if fnmatchcase(layer, pattern)]
         return found[-1] if found else None
 
-    def check_pins(self, layers: Sequence[str]) -> None:
-        """Raise a ``ValueError`` for a pin that matches no layer, naming the nearest."""
+    def check_pins(self, names: Iterable[str]) -> None:
+        """Raise a ``ValueError`` for a pin that matches no layer or unit, naming the nearest."""
+        names = list(dict.fromkeys(names))
         for pattern in self.pinned:
-            if not any(fnmatchcase(layer, pattern) for layer in layers):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"Expected every pin to match a layer, but {pattern!r} matches none; "
-                    f"{suggest(pattern, layers)}"
+                    f"{suggest(pattern, names)}"
                 )
+
+    def by_layer(self, units: Mapping[str, Sequence[str]]) -> PrecisionConstraints:
+        """Return the same with pins of units written as pins of their layers."""
+        pinned = dict[str, str]()
+        for pattern, format in self.pinned.items():
+            matching = (layers for name, layers in units.items() if fnmatchcase(name, pattern))
+            for key in (pattern, *(glob.escape(n) for layers in matching for n in layers)):
+                pinned.pop(key, None)  # the last match wins
+                pinned[key] = format
+        return dataclasses.replace(self, pinned=pinned)
 
 
 def _check_in_play(format: str) -> None:

@@ -130,7 +130,10 @@ def accuracy_guard(
         >>> report.kept, [rung.name for rung in report.rungs]
         (True, ['ptq'])
     """
-    costs = costs or find_costs(model, next(iter(batches)), constraints, formats)
+    costs = costs or find_costs(model, next(iter(batches)), constraints, formats, recipe)
+    units = {} if sensitivity is None else sensitivity.units
+    constraints.check_pins([*units, *costs.layers])
+    constraints = constraints.by_layer(units)
     ladder = _Ladder(model, batches, held_out, constraints, recipe, calibrator, costs, progress)
     rungs: dict[str, Callable[[], nn.Module]] = {
         "ptq": ladder.calibrated,

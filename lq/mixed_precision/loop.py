@@ -97,16 +97,8 @@ class SearchLoop:
             if not self.trials:
                 raise
             return None
-        if score and self._is_hopeless(plan):
-            return None
         cheaper = kept is None or self._minimized(plan) < self._minimized(kept.plan)
         return plan if cheaper else None
-
-    def _is_hopeless(self, plan: SearchedPlan) -> bool:
-        """Return whether all plans lose too much, and by what was measured no other loses less."""
-        limit = next((x.bound for x in self.limits if x.quantity == "drop"), math.inf)
-        least = min((trial.drop.high for trial in self.trials), default=0.0)
-        return least > limit and plan.predicted.drop >= least * 0.999
 
     def _search(self, score: bool) -> SearchedPlan:
         problem = build_problem(self.sensitivity, self.constraints, self.costs, self.corrections)

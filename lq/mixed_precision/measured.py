@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.batches import check_batches, model_inputs, tensors
+from lq.batches import check_batches, class_targets, model_inputs, tensors
 from lq.modes import eval_mode
 
 _Z = 1.959964
@@ -76,18 +76,14 @@ def rightness(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     with eval_mode(model):
         for batch in batches:
             args, kwargs = model_inputs(model, batch)
-            predicted = tensors(model(*args, **kwargs))[0].argmax(1).cpu()
-            found.append(predicted == _targets(batch))
+            output = tensors(model(*args, **kwargs))[0]
+            target = class_targets(batch, output)
+            if target is None or target.dim() != 1:
+                raise ValueError(
+                    "Expected `held_out` to be (input, target) pairs with class numbers, or "
+                    f"mappings with labels, but got {type(batch).__name__}."
+                )
+            found.append((output.argmax(1) == target).cpu())
     if not found:
         raise ValueError("Expected `held_out` to hold at least one batch, but got none.")
     return torch.cat(found)
-
-
-def _targets(batch: Any) -> Tensor:
-    last = batch[-1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
-    if not isinstance(last, Tensor) or last.dim() != 1:
-        raise ValueError(
-            "Expected `held_out` to be (input, target) pairs with class numbers, but got "
-            f"{type(batch).__name__}."
-        )
-    return last.cpu()

@@ -69,11 +69,13 @@ def build_problem(
         corrections: Unit and format -> accuracy drop to add, by what was measured of plans.
 
     Raises:
-        ValueError: If a unit overflows in all formats that it may have, or in its pinned one.
+        ValueError: If a unit overflows in all formats that it may have, or in its pinned one, or a
+            pin matches nothing that was swept.
     """
-    constraints.check_pins(
-        [*sensitivity.units, *(n for u in sensitivity.units.values() for n in u)]
-    )
+    swept = {name for layers in sensitivity.units.values() for name in layers}
+    unswept = [name for name in (costs.layers if costs is not None else ()) if name not in swept]
+    constraints.check_pins([*sensitivity.units, *swept, *unswept])
+    _check_unswept(constraints, unswept)
     pairs = [
         (index, format)
         for index, unit in enumerate(sensitivity.units)
@@ -90,8 +92,6 @@ def build_problem(
         values[quantity] = np.array(
             [sum(costs.of(quantity, n, f) for n in sensitivity.units[units[i]]) for i, f in pairs]
         )
-        swept = {name for layers in sensitivity.units.values() for name in layers}
-        unswept = [name for name in costs.layers if name not in swept]
         fixed[quantity] = costs.rest(quantity) + sum(costs.of(quantity, n, "fp32") for n in unswept)
     return Problem(
         units, tuple(f for _, f in pairs), np.array([i for i, _ in pairs]), values, fixed
@@ -128,6 +128,15 @@ def accuracy_per_score(sensitivity: Sensitivity) -> float:
     if math.isnan(drop) or not score > 0:
         return 1.0
     return max(drop, 1 / max(sensitivity.n, 1)) / score
+
+
+def _check_unswept(constraints: PrecisionConstraints, layers: Sequence[str]) -> None:
+    for layer in layers:
+        if constraints.pin(layer) not in (None, "fp32"):
+            raise ValueError(
+                f"Expected a pinned layer to be one that was swept, but {layer!r} was not; sweep "
+                "it with a recipe that does not skip it, or pin it to fp32."
+            )
 
 
 def _formats(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,12 @@ def search(
         got 0.004; the nearest is 0.005192.
     """
     costs = sensitivity.costs if costs is None else costs
+    if constraints.max_accuracy_drop is not None and math.isnan(sensitivity.top1):
+        log.warning(
+            "The sweep measured no top-1: `max_accuracy_drop` limits its %s instead; measure the "
+            "plan with lq.verified_search.",
+            sensitivity.metric,
+        )
     problem = build_problem(sensitivity, constraints, costs)
     return solve(problem, constraints.limits(costs), sensitivity, costs, minimize)
 

@@ -73,8 +73,11 @@ def verified_search(
     Raises:
         UnreachableError: If no plan keeps to the limits: which one fails, its nearest value, and
             the model that has it.
+        ValueError: If the sweep is of a model with other layers.
     """
-    costs = costs or find_costs(model, next(iter(batches)), constraints, sensitivity.formats)
+    sensitivity.check_model(model)
+    first = next(iter(batches))
+    costs = costs or find_costs(model, first, constraints, sensitivity.formats, recipe)
     loop = SearchLoop(sensitivity, constraints, costs, minimize)
     bench = Bench(model, batches, held_out, recipe, prepare)
     bench.check_provable(constraints)

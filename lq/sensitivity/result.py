@@ -6,18 +6,24 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lq.costs import Costs
+from lq.digest import model_digest
 from lq.files import written_whole
 from lq.messages import suggest
 from lq.sensitivity.measures import PARTS, Measures
 from lq.sensitivity.plain import csv_line, measures_from, to_plain
+from lq.surgery import quantizable_layers
 
+log = logging.getLogger(__name__)
 VERSION = 1
 
 
@@ -106,6 +112,22 @@ class Sensitivity:
     def recipe_hash(self) -> str:
         """Hash of the recipe that formats were put into."""
         return hashlib.sha256(_text(self.recipe).encode()).hexdigest()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Look whether the sweep is of this model; of other weights is told in a log message.
+
+        Raises:
+            ValueError: If a swept layer is not in the model.
+        """
+        layers = quantizable_layers(model)[0]
+        missing = [n for names in self.units.values() for n in names if n not in layers]
+        if missing:
+            raise ValueError(
+                f"Expected a sweep of this model, but it has no layer {missing[0]!r}; sweep it "
+                "anew."
+            )
+        if self.model_hash and self.model_hash != model_digest(model):
+            log.warning("The sweep is of other weights than the model has; sweep it anew.")
 
     def row(self, layer: str, format: str, part: str = "both") -> LayerSensitivity:
         """Return what was found of one unit in one format.
