@@ -9,6 +9,8 @@ from torch import Tensor
 
 FP8_MAX = 448.0
 """Largest finite value of float8 E4M3."""
+_LEAST_SCALE = 1e-12
+"""What a scale that learned its way to zero or below is used as."""
 
 
 def amax_to_scale(amax: Tensor, qmax: float) -> Tensor:
@@ -37,6 +39,21 @@ def along_axis(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     if axis is None:
         return scale
     return scale.view([-1 if i == axis % ndim else 1 for i in range(ndim)])
+
+
+def other_axes(axis: int | None, ndim: int) -> list[int]:
+    """Return the axes of `ndim` that share a scale: all but one, or all for ``None``."""
+    return [i for i in range(ndim) if axis is None or i != axis % ndim]
+
+
+def amax_along_axis(x: Tensor, axis: int | None) -> Tensor:
+    """Return the largest magnitudes ``[C]`` along an axis, or ``[]`` of all for ``None``.
+
+    Example:
+        >>> amax_along_axis(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), axis=0)
+        tensor([3., 2.])
+    """
+    return x.abs().amax(other_axes(axis, x.dim()))
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -195,7 +212,7 @@ def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """Return the sum of products, over all axes or all but one."""
     if axis is None and a.stride() == b.stride():
         return torch.dot(in_memory_order(a), in_memory_order(b))
-    return (a * b).sum([i for i in range(a.dim()) if axis is None or i != axis % a.dim()])
+    return (a * b).sum(other_axes(axis, a.dim()))
 
 
 def offset_to_zero_point(offset: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
@@ -262,14 +279,14 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return scale.clamp_min(1e-12)
+        return scale.clamp_min(_LEAST_SCALE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
 
 
-def learned_scale(scale: Tensor, factor: float) -> Tensor:
+def learned_scale(scale: Tensor, factor: float = 1.0) -> Tensor:
     """Return a scale that trains: kept above zero, its gradient multiplied by a factor.
 
     The gradient passes also where the scale stepped below zero, so that it can come back.
@@ -285,7 +302,7 @@ def learned_scale(scale: Tensor, factor: float) -> Tensor:
         tensor(0.1000)
     """
     if not scale.requires_grad or is_exporting():
-        return scale.detach().clamp_min(1e-12)
+        return scale.detach().clamp_min(_LEAST_SCALE)
     positive: Tensor = _LearnedScale.apply(scale, factor)
     return positive
 
@@ -322,6 +339,11 @@ def _(
 def is_exporting() -> bool:
     """Return whether a model is being traced for export."""
     return torch.compiler.is_exporting()
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass is running, which may repeat a part of the forward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -258,6 +258,20 @@ def test_the_average_is_validated_with_its_ranges(tmp_path):
     assert afterwards["val_loss"] == while_training
 
 
+def test_the_average_has_the_ranges_of_weights_that_begin_before_inputs(tmp_path):
+    """Meanwhile the average is validated with its weights quantized, its inputs not yet."""
+    losses = []
+
+    class Watch(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(trainer.callback_metrics["val_loss"].item())
+
+    callbacks = [qat(start_epoch=1, inputs_start_epoch=2), EMAWeightAveraging(decay=0.9), Watch()]
+    trainer(tmp_path, callbacks, max_epochs=3).fit(LitSmall(), loader(), loader())
+    assert len(losses) == 4
+    assert all(0 < loss < 1 for loss in losses)
+
+
 @pytest.mark.parametrize("start_epoch", [0, 2], ids=["calibrated-first", "calibrated-late"])
 def test_stochastic_weight_averaging(tmp_path, start_epoch):
     """Weights are means over starts of epochs; a pass with them finds BatchNorm's statistics.
