@@ -69,15 +69,22 @@ class QuantLayer(Quantized):
         weight = self._in_compute_dtype(self.weight_quantizer(stored))
         bias = None if bias is None else self._in_compute_dtype(bias)
         quantized = self.input_quantizer(input)
-        saved: AbstractContextManager[Any] = nullcontext()
-        if self.input_quantizer.memory_efficient and torch.is_grad_enabled():
-            inputs, weights = self.input_quantizer, self.weight_quantizer
-            again = weights.as_now()
-            saved = requantizing(
-                Way(quantized, input, inputs.as_now(), inputs.name),
-                Way(weight, stored, lambda x: self._in_compute_dtype(again(x)), weights.name),
-            )
-        return Operands(quantized, weight, bias, saved)
+        return Operands(quantized, weight, bias, self._saved(input, quantized, stored, weight))
+
+    def _saved(
+        self, input: Tensor, quantized: Tensor, stored: Tensor, weight: Tensor
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which operations save operands as the quantizers want it."""
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        # A compiled program decides for itself what it saves and what it computes again.
+        compiled = torch.compiler.is_compiling()
+        if compiled or not (inputs.memory_efficient and torch.is_grad_enabled()):
+            return nullcontext()
+        again = weights.as_now()
+        return requantizing(
+            Way(quantized, input, inputs.as_now(), inputs.name),
+            Way(weight, stored, lambda x: self._in_compute_dtype(again(x)), weights.name),
+        )
 
     def _in_compute_dtype(self, x: Tensor) -> Tensor:
         dtype = self.input_quantizer.compute_dtype
@@ -119,6 +126,7 @@ class _QuantConvTranspose(QuantLayer):
     def _transposed(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> Tensor:
+        # Apart from `forward`, as compilers do not trace the padding inside two contexts.
         with _attributes(self, weight=weight, bias=bias):
             output: Tensor = super().forward(input, output_size)
         return output

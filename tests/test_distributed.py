@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lq.callbacks import QuantizationAwareTraining
-from tests.lit import autoencoder, loader
+from tests.lit import autoencoder, loader, needs_gloo
 
 
 class SaveRanges(L.Callback):
@@ -19,7 +19,7 @@ class SaveRanges(L.Callback):
         torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("calibrator", ["max", "auto"])
 def test_two_ranks_share_ranges_and_weights(tmp_path, calibrator):
     images = torch.cat([x for x, _ in loader()])

@@ -15,6 +15,7 @@ from lq.functional import fake_quantize
 from lq.qat import freeze_scales, save_memory, set_bits
 from lq.quantizer import Quantizer
 from lq.spec import QuantSpec
+from lq.tensor_spec import RANGES
 
 UNSIGNED = QuantSpec("int4", signed=False, range="lsq")
 LSQ = QuantSpec("int4", range="lsq")
@@ -312,7 +313,7 @@ def test_saving_memory_makes_again_what_was_used(make, recipe) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["frozen", "moving_average", "lsq", "pact"])
+@pytest.mark.parametrize("kind", RANGES)
 def test_saving_memory_changes_no_gradient(kind: str) -> None:
     torch.manual_seed(0)
     spec = {"format": "int8", "range": kind}

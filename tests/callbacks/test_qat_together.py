@@ -21,28 +21,22 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lq
-from lq.callbacks import QuantizationAwareTraining
 from lq.collector import RangeCollector
 from lq.models import digits_cnn
 from lq.surgery import quantized_layers, quantizers
+from lq.tensor_spec import RANGES
 from tests.lit import (
     LitAutoEncoder,
     LitSmall,
     Losses,
     every_range,
     loader,
+    needs_gloo,
     norm,
+    qat,
     trainer,
     with_ranges,
 )
-
-KINDS = ["frozen", "moving_average", "lsq", "pact"]
-
-
-def qat(recipe=None, **kwargs):
-    return QuantizationAwareTraining(
-        recipe or every_range(), **{"calibration_batches": 2, **kwargs}
-    )
 
 
 class UsedTwice(LitAutoEncoder):
@@ -118,7 +112,7 @@ def assert_equal(state, expected):
             id="16-mixed-with-scaler",
         ),
         pytest.param(Frozen, {}, {}, id="frozen-layer"),
-        *(pytest.param(UsedTwice, {}, {"recipe": k}, id=f"used-twice-{k}") for k in KINDS),
+        *(pytest.param(UsedTwice, {}, {"recipe": k}, id=f"used-twice-{k}") for k in RANGES),
     ],
 )
 def test_a_fit_is_the_plain_loop(tmp_path, make, lightning, hand):
@@ -509,7 +503,7 @@ class SaveRank(Losses):
         torch.save({"losses": torch.tensor(self.seen), "state": state}, path)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_ranks_are_one_with_the_joint_batch(tmp_path):
     two = DDPStrategy(start_method="spawn", find_unused_parameters=True)
     for options in ({"strategy": two, "devices": 2}, {"devices": 1}):
