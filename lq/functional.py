@@ -122,16 +122,18 @@ class _FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         x, scale, zero_point, y = ctx.saved_tensors
         where = _codes_in_range(x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
-        passed = _inside(grad, *where)
-        clipped = None if zero_point is None else (grad - passed).sum()
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
+        grad_scale = grad_offset = None
+        if ctx.needs_input_grad[1]:  # first, so that its temporary tensor is free again
             if y is None:
                 y = _round_trip(x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
             inside = _inside(y if ctx.clipped_only else x, *where)
             grad_scale = _scale_gradient(grad, inside, y, scale, ctx.axis)
-            grad_scale = grad_scale if clipped is None else grad_scale + zero_point * clipped
-        return passed, grad_scale, None, None, None, clipped, None, None
+            del inside
+        passed = _inside(grad, *where)
+        if zero_point is not None:
+            grad_offset = (grad - passed).sum()
+            grad_scale = None if grad_scale is None else grad_scale + zero_point * grad_offset
+        return passed, grad_scale, None, None, None, grad_offset, None, None
 
 
 def _round_trip(

@@ -41,7 +41,8 @@ def set_bits(model: nn.Module, bits: int | None) -> None:
 def save_memory(model: nn.Module, enabled: bool = True) -> None:
     """Let the backward pass quantize again instead of saving a quantized copy of every input.
 
-    Gradients are the same, bit for bit. Attention saves its copies all the same.
+    Gradients are the same, bit for bit. Attention saves its copies all the same, and a compiled
+    program decides for itself.
     """
     for quantizer in quantizers(model).values():
         quantizer.memory_efficient = enabled
