@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peers import PEERS
-from shared import CASES, batches
+from shared import CASES, batches, paired_difference
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -46,12 +46,11 @@ def ours(
 def line(name: str, reference: Tensor, found: Tensor, labels: Tensor) -> str:
     """Return one row of the table."""
     right, ours = (x.argmax(1) == labels for x in (reference, found))
-    drop = (ours.double() - right.double()) * 100
-    error = 1.96 * drop.std() / len(drop) ** 0.5
+    mean, error = paired_difference(right, ours)
     agree = (found.argmax(1) == reference.argmax(1)).double().mean()
     noise = (found - reference).square().sum()
     sqnr = 10 * torch.log10(reference.square().sum() / noise)
-    return f"{name:34s} {drop.mean():+6.2f} +-{error:.2f}  {agree:8.2%}  {sqnr:6.2f} dB"
+    return f"{name:34s} {100 * mean:+6.2f} +-{100 * error:.2f}  {agree:8.2%}  {sqnr:6.2f} dB"
 
 
 HELD_OUT = 240

@@ -5,10 +5,9 @@ python benchmarks/ptq_repair.py [--count 1000]
 
 import argparse
 import copy
-import math
 
 import torch
-from shared import CASES, Case, batches
+from shared import CASES, Case, batches, paired_difference
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -40,11 +39,10 @@ def logits(model: nn.Module, data: DataLoader) -> tuple[Tensor, Tensor]:
 def compared(reference: Tensor, got: Tensor, target: Tensor) -> str:
     """Return top-1, its paired difference to float with its 95% interval, agreement and SQNR."""
     before, after = (y.argmax(1) == target for y in (reference, got))
-    difference = after.double() - before.double()
-    margin = 1.96 * difference.std() / math.sqrt(len(difference))
+    difference, margin = paired_difference(before, after)
     agreement = (reference.argmax(1) == got.argmax(1)).double().mean()
     return (
-        f"top-1 {after.double().mean():.2%} ({100 * difference.mean():+.2f} "
+        f"top-1 {after.double().mean():.2%} ({100 * difference:+.2f} "
         f"+- {100 * margin:.2f} points), agreement {agreement:.2%}, "
         f"{sqnr_db(reference, got):.2f} dB"
     )

@@ -71,11 +71,6 @@ def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def medians(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each run, taken in turn."""
-    return {name: statistics.median(seconds) for name, seconds in timed(runs, rounds).items()}
-
-
 def quantized(model: nn.Module, recipe: object, x: Tensor) -> nn.Module:
     model = lq.quantize(copy.deepcopy(model), recipe)
     return lq.calibrate(model, [x], progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lq.callbacks.target import target_module
-from lq.checkpoint import read_weights
+from lq.checkpoint import read_weights, weights_below
 from lq.digest import model_digest
 from lq.distillation import float_copy
 from lq.distiller import Distiller
@@ -191,7 +191,7 @@ class Distillation(L.Callback):
         weights = read_weights(self.teacher)
         name = next(name for name, module in pl_module.named_modules() if module is target)
         try:
-            return float_copy(target, _below(weights, name))
+            return float_copy(target, weights_below(weights, name) or weights)
         except ValueError as error:
             raise ValueError(f"Expected `teacher` {str(self.teacher)!r} to fit. {error}") from None
 
@@ -220,9 +220,3 @@ def _has_ranges(target: nn.Module) -> bool:
     """Return whether a model has been quantized and calibrated."""
     need = [q for q in quantizers(target).values() if q.spec.needs_scale]
     return any(q.is_calibrated for q in need)
-
-
-def _below(weights: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
-    """Return the weights of a submodule, from a file of its own or of the whole module."""
-    own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
-    return own or weights

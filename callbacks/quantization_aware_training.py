@@ -129,7 +129,8 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         """Begin what begins with this batch."""
         if self._training is not None:
-            self._training.before_batch(trainer.current_epoch, trainer.global_step)
+            ranges = self._training.before_batch(trainer.current_epoch, trainer.global_step)
+            self._found(ranges, trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -141,8 +142,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep validation data out of the ranges, and give a resumed model its bits."""
         if self._training is not None:
-            self._training.begin_epoch(trainer.current_epoch)
-            self._training.pause()
+            self._training.pause(trainer.current_epoch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on collecting."""
@@ -156,9 +156,10 @@ class QuantizationAwareTraining(L.Callback):
             self._training = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Leave no observers behind."""
+        """Leave nothing behind that is for training alone."""
         if self._training is not None:
             self._training.abort()
+            self._training = None
 
     def _found(
         self, ranges: Ranges | None, trainer: L.Trainer, pl_module: L.LightningModule

@@ -164,8 +164,8 @@ def _from_cache(
     return ranges
 
 
-def calibrate_weights(model: nn.Module, calibrator: str = "max") -> None:
-    """Set the ranges of all weights, which takes no data.
+def calibrate_weights(model: nn.Module, calibrator: str = "max") -> Ranges:
+    """Set the ranges of all weights, which takes no data, and return them.
 
     Args:
         model: A quantized model.
@@ -177,4 +177,6 @@ def calibrate_weights(model: nn.Module, calibrator: str = "max") -> None:
     candidates = weight_candidates(model, [calibrator])
     chosen = {name: next(iter(by.items())) for name, by in candidates.items()}
     found = {name: Range(amax, method) for name, (method, amax) in chosen.items()}
-    Ranges(found).apply(model)
+    ranges = Ranges(found)
+    ranges.apply(model)
+    return ranges

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"Expected {str(path)!r} to hold a state_dict, but found other values.")
     return weights
+
+
+def weights_below(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the weights of a submodule, by their names in it.
+
+    Example:
+        >>> weights_below({"model.bias": torch.zeros(1), "steps": torch.ones(1)}, "model")
+        {'bias': tensor([0.])}
+    """
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def load_from_checkpoint(cls: type[Any], path: str | Path, **init_kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from lq.calibrators import parse_calibrators
 from lq.calibrators.weights import WEIGHT_CALIBRATORS
 from lq.modes import QuantizerStates
 from lq.observers import HistogramObserver, RangeObserver
-from lq.quantizer import Mode, Quantizer
+from lq.quantizer import Mode
 from lq.ranges import Range, Ranges
 from lq.scoring import RangeScorer
 from lq.surgery import input_quantizers, quantized_layers, quantizers
@@ -51,7 +51,8 @@ class RangeCollector:
         self.observers: dict[str, RangeObserver] = {}
         self._candidates: Candidates = {}
         self._scorer: RangeScorer | None = None
-        self._before = QuantizerStates(model)
+        self._own = quantizers(model) if weights else input_quantizers(model)
+        self._before = QuantizerStates(self._own.values())
         if not quantizers(model):
             raise ValueError(
                 "Expected a quantized model, but found no quantizers; call lq.quantize first."
@@ -77,7 +78,7 @@ class RangeCollector:
     def resume(self) -> None:
         """Go on collecting."""
         observing = self.observers if self._scorer is None else {}
-        for name, quantizer in self._own().items():
+        for name, quantizer in self._own.items():
             quantizer.mode = Mode.OBSERVE if name in observing else Mode.BYPASS
         if self._scorer is not None:
             self._scorer.active = True
@@ -100,10 +101,10 @@ class RangeCollector:
         self.resume()
 
     def abort(self) -> None:
-        """Stop collecting, and give every quantizer the mode and the scale it had."""
+        """Stop collecting, and give the quantizers the modes and the scales they had."""
         if self._scorer is not None:
             self._scorer.stop()
-        for quantizer in quantizers(self.model).values():
+        for quantizer in self._own.values():
             quantizer.observer = None
         self._before.restore()
 
@@ -129,11 +130,8 @@ class RangeCollector:
         self._set_mode(Mode.QUANTIZE)
         return ranges
 
-    def _own(self) -> dict[str, Quantizer]:
-        return quantizers(self.model) if self.weights else input_quantizers(self.model)
-
     def _set_mode(self, mode: Mode) -> None:
-        for quantizer in self._own().values():
+        for quantizer in self._own.values():
             quantizer.mode = mode
 
     def rivals(self) -> dict[str, Ranges]:

@@ -62,7 +62,7 @@ def calibration_curve(
     for name, data in ("batches", batches), ("held_out", held_out):
         _check_rereadable(name, data)
     sizes = _sizes(sum(count_samples(batch) for batch in batches), sizes)
-    before = QuantizerStates(model)
+    before = QuantizerStates(quantizers(model).values())
     try:
         with eval_mode(model):
             set_mode(model, Mode.BYPASS)

@@ -30,6 +30,11 @@ class Format:
         """Whether numbers are codes times a scale (int, fp8) and not plain floats."""
         return self.dtype is None
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers."""
+        return self.name.startswith("int")
+
 
 FORMATS: dict[str, Format] = {
     **{f"int{bits}": Format(f"int{bits}", bits) for bits in range(2, 9)},

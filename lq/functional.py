@@ -9,6 +9,8 @@ from torch import Tensor
 
 FP8_MAX = 448.0
 """Largest finite value of float8 E4M3."""
+_LEAST_SCALE = 1e-12
+"""What a scale that learned its way to zero or below is used as."""
 
 
 def amax_to_scale(amax: Tensor, qmax: float) -> Tensor:
@@ -37,6 +39,21 @@ def along_axis(scale: Tensor, axis: int | None, ndim: int) -> Tensor:
     if axis is None:
         return scale
     return scale.view([-1 if i == axis % ndim else 1 for i in range(ndim)])
+
+
+def other_axes(axis: int | None, ndim: int) -> list[int]:
+    """Return the axes of `ndim` that share a scale: all but one, or all for ``None``."""
+    return [i for i in range(ndim) if axis is None or i != axis % ndim]
+
+
+def amax_along_axis(x: Tensor, axis: int | None) -> Tensor:
+    """Return the largest magnitudes ``[C]`` along an axis, or ``[]`` of all for ``None``.
+
+    Example:
+        >>> amax_along_axis(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), axis=0)
+        tensor([3., 2.])
+    """
+    return x.abs().amax(other_axes(axis, x.dim()))
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -104,15 +121,18 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, scale, zero_point, y = ctx.saved_tensors
-        passed = _masked_gradient(grad, x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
+        where = _codes_in_range(x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
         grad_scale = grad_offset = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # first, so that its temporary tensor is free again
             if y is None:
                 y = _round_trip(x, scale, ctx.qmin, ctx.qmax, ctx.axis, zero_point)
-            inside = None if ctx.clipped_only else x
-            grad_scale = _scale_gradient(grad, passed, inside, y, scale, zero_point, ctx.axis)
-        if ctx.needs_input_grad[5]:
+            inside = _inside(y if ctx.clipped_only else x, *where)
+            grad_scale = _scale_gradient(grad, inside, y, scale, ctx.axis)
+            del inside
+        passed = _inside(grad, *where)
+        if zero_point is not None:
             grad_offset = (grad - passed).sum()
+            grad_scale = None if grad_scale is None else grad_scale + zero_point * grad_offset
         return passed, grad_scale, None, None, None, grad_offset, None, None
 
 
@@ -143,66 +163,58 @@ def _bounds(qmin: float, qmax: float) -> tuple[float, float]:
     return low, high
 
 
-def _masked_gradient(
-    grad: Tensor,
+def _codes_in_range(
     x: Tensor,
     scale: Tensor,
     qmin: float,
     qmax: float,
     axis: int | None,
     zero_point: Tensor | None,
-) -> Tensor:
-    """Return `grad` where ``qmin <= round(x / scale) + zero_point <= qmax`` and 0 elsewhere."""
-    # One pass without a mask in memory, with open bounds; they are numbers, so where scale and
-    # zero-point are not ones that can be read without waiting, x is moved to them first.
+) -> tuple[Tensor, float, float]:
+    """Return a tensor and the open interval that it is in where the code of `x` is not clamped."""
+    # Bounds are numbers, so where scale and zero-point are not ones that can be read without
+    # waiting, x is moved to them.
     if axis is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         zero = 0.0 if zero_point is None else zero_point.item()
         low, high = (bound * scale.item() for bound in _bounds(qmin - zero, qmax - zero))
-    else:
-        x = x / along_axis(scale, axis, x.dim())
-        x = x if zero_point is None else x + zero_point
-        low, high = _bounds(qmin, qmax)
-    passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
-    return passed
+        return x, low, high
+    codes = x / along_axis(scale, axis, x.dim())
+    return codes if zero_point is None else codes + zero_point, *_bounds(qmin, qmax)
+
+
+def _inside(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Return `values` where ``low < x < high`` and 0 elsewhere: one pass, no mask in memory."""
+    kept: Tensor = torch.ops.aten.hardtanh_backward(values, x, low, high)
+    return kept
 
 
 def _scale_gradient(
-    grad: Tensor,
-    passed: Tensor,
-    x: Tensor | None,
-    y: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    axis: int | None,
+    grad: Tensor, inside: Tensor, y: Tensor, scale: Tensor, axis: int | None
 ) -> Tensor:
-    """Return the gradient of a learned scale.
+    """Return the gradient of a learned scale, but for what a zero-point adds to it.
 
     ``sum(grad * (code - x / scale))`` over what is inside the range plus ``sum(grad * code)`` over
-    what is clipped (LSQ, Esser et al. 2020, equation 3); the second sum alone without `x` (PACT,
-    Choi et al. 2018, equation 2). With a zero-point a clipped value is ``code * scale + offset``,
-    of which the code is counted (LSQ+, Bhalgat et al. 2020, equation 5).
+    what is clipped (LSQ, Esser et al. 2020, equation 3); the second sum alone where `inside` is `y`
+    (PACT, Choi et al. 2018, equation 2). With a zero-point a clipped value is
+    ``code * scale + offset``, of which the code is counted (LSQ+, Bhalgat et al. 2020, equation 5);
+    here it is counted less the zero-point.
 
     Args:
         grad: Gradient of the quantized tensor.
-        passed: The same where inside the range, 0 elsewhere.
-        x: What was quantized; ``None`` leaves out what is inside.
+        inside: What was quantized where inside the range, 0 elsewhere; is overwritten.
         y: What it became, ``(code - zero_point) * scale``.
         scale: ``[]`` or ``[C]``.
-        zero_point: Code of 0; ``None`` for 0.
         axis: Channel axis; ``None`` per tensor.
     """
-    inside = y if x is None else x
-    total = (_dot(grad, y, axis) - _dot(passed, inside, axis)) / scale
-    if zero_point is not None:
-        total = total + zero_point * (grad.sum() - passed.sum())
-    return total
+    # The difference first: it is small, and two sums of large products would cancel.
+    return _dot(grad, torch.sub(y, inside, out=inside), axis) / scale
 
 
 def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """Return the sum of products, over all axes or all but one."""
     if axis is None and a.stride() == b.stride():
         return torch.dot(in_memory_order(a), in_memory_order(b))
-    return (a * b).sum([i for i in range(a.dim()) if axis is None or i != axis % a.dim()])
+    return (a * b).sum(other_axes(axis, a.dim()))
 
 
 def offset_to_zero_point(offset: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
@@ -269,14 +281,14 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return scale.clamp_min(1e-12)
+        return scale.clamp_min(_LEAST_SCALE)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
 
 
-def learned_scale(scale: Tensor, factor: float) -> Tensor:
+def learned_scale(scale: Tensor, factor: float = 1.0) -> Tensor:
     """Return a scale that trains: kept above zero, its gradient multiplied by a factor.
 
     The gradient passes also where the scale stepped below zero, so that it can come back.
@@ -292,7 +304,7 @@ def learned_scale(scale: Tensor, factor: float) -> Tensor:
         tensor(0.1000)
     """
     if not scale.requires_grad or is_exporting():
-        return scale.detach().clamp_min(1e-12)
+        return scale.detach().clamp_min(_LEAST_SCALE)
     positive: Tensor = _LearnedScale.apply(scale, factor)
     return positive
 
@@ -329,6 +341,11 @@ def _(
 def is_exporting() -> bool:
     """Return whether a model is being traced for export."""
     return torch.compiler.is_exporting()
+
+
+def is_in_backward() -> bool:
+    """Return whether a backward pass is running, which may repeat a part of the forward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,14 +59,3 @@ def latent_layers(model: nn.Module) -> tuple[dict[str, QuantLayer], list[str]]:
         else:
             layers.setdefault(id(weight), (name, layer))
     return dict(layers.values()), others
-
-
-def weight_scale(layer: QuantLayer) -> Tensor:
-    """Return the scale that a layer's weight is divided by for now."""
-    quantizer = layer.weight_quantizer
-    assert quantizer.scale is not None
-    scale = quantizer.scale.detach()
-    if quantizer.grid is not quantizer.spec:  # more bits for now
-        scale = scale * (quantizer.spec.qmax / quantizer.grid.qmax)
-    # One that learns may step over zero, and is used as a small positive one then.
-    return scale.clamp_min(1e-12) if quantizer.spec.learns_range else scale

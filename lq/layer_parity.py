@@ -273,15 +273,13 @@ def _quantizer(node: str) -> str:
 
 def _encoded(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Return codes less the zero-point."""
-    spec, scale, zero = quantizer.spec, quantizer.scale, int(quantizer.zero_point)
-    assert scale is not None
-    x = x.detach().cpu().float()
-    return encode(x, scale.detach().cpu(), spec.qmin - zero, spec.qmax - zero)
+    spec, zero = quantizer.spec, int(quantizer.zero_point)
+    x, scale = x.detach().cpu().float(), quantizer.positive_scale.cpu()
+    return encode(x, scale, spec.qmin - zero, spec.qmax - zero)
 
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
-    assert quantizer.scale is not None
-    return _encoded(quantizer, x) * quantizer.scale.detach().cpu()
+    return _encoded(quantizer, x) * quantizer.positive_scale.cpu()
 
 
 def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,24 @@ from lq.attention import attend, merged_mask
 from lq.functional import is_exporting, round_to_dtype
 from lq.gemm import weight_of
 from lq.quantizer import Quantizer
-from lq.requantize import requantizing
+from lq.requantize import Way, requantizing
 from lq.spec import LayerSpec
+
+
+class Operands(NamedTuple):
+    """What a quantized layer computes with.
+
+    Attributes:
+        input: The quantized input.
+        weight: The quantized weight.
+        bias: The bias.
+        saved: A context in which operations save both as the quantizers want it.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    saved: AbstractContextManager[Any]
 
 
 class Quantized(nn.Module):
@@ -46,26 +62,33 @@ class QuantLayer(Quantized):
     weight_axis = 0
     """Axis of the output channels in the weight."""
 
-    def operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the quantized input and weight, and the bias."""
+    def operands(self, input: Tensor) -> Operands:
+        """Return what the layer computes with."""
         layer: Any = self  # a Conv or Linear, by the other base class
-        weight, bias = self.weight_quantizer(layer.weight), layer.bias
-        dtype = self.input_quantizer.compute_dtype
-        if dtype is not None:
-            weight = round_to_dtype(weight, dtype)
-            bias = None if bias is None else round_to_dtype(bias, dtype)
-        return self.input_quantizer(input), weight, bias
+        stored, bias = layer.weight, layer.bias  # read once: a parametrized one is computed anew
+        weight = self._in_compute_dtype(self.weight_quantizer(stored))
+        bias = None if bias is None else self._in_compute_dtype(bias)
+        quantized = self.input_quantizer(input)
+        return Operands(quantized, weight, bias, self._saved(input, quantized, stored, weight))
 
-    def saved_for_backward(
-        self, input: Tensor, quantized: Tensor, weight: Tensor
+    def _saved(
+        self, input: Tensor, quantized: Tensor, stored: Tensor, weight: Tensor
     ) -> AbstractContextManager[Any]:
         """Return a context in which operations save operands as the quantizers want it."""
-        layer: Any = self
-        if not (self.input_quantizer.memory_efficient and torch.is_grad_enabled()):
+        inputs, weights = self.input_quantizer, self.weight_quantizer
+        # A compiled program decides for itself what it saves and what it computes again.
+        compiled = torch.compiler.is_compiling()
+        if compiled or not (inputs.memory_efficient and torch.is_grad_enabled()):
             return nullcontext()
+        again = weights.as_now()
         return requantizing(
-            (quantized, input, self.input_quantizer), (weight, layer.weight, self.weight_quantizer)
+            Way(quantized, input, inputs.as_now(), inputs.name),
+            Way(weight, stored, lambda x: self._in_compute_dtype(again(x)), weights.name),
         )
+
+    def _in_compute_dtype(self, x: Tensor) -> Tensor:
+        dtype = self.input_quantizer.compute_dtype
+        return x if dtype is None else round_to_dtype(x, dtype)
 
     def result(self, output: Any, input: Tensor) -> Any:
         """Return a 16-bit layer's output rounded to 16 bits, in the type of its input.
@@ -85,8 +108,8 @@ class QuantLayer(Quantized):
 
 class _QuantConv(QuantLayer):
     def forward(self, input: Tensor) -> Any:
-        quantized, weight, bias = self.operands(input)
-        with self.saved_for_backward(input, quantized, weight):
+        quantized, weight, bias, saved = self.operands(input)
+        with saved:
             output: Tensor = self._conv_forward(quantized, weight, bias)  # type: ignore[operator]
         return self.result(output, input)
 
@@ -95,14 +118,15 @@ class _QuantConvTranspose(QuantLayer):
     weight_axis = 1
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
-        quantized, weight, bias = self.operands(input)
-        with self.saved_for_backward(input, quantized, weight):
+        quantized, weight, bias, saved = self.operands(input)
+        with saved:
             output = self._transposed(quantized, weight, bias, output_size)
         return self.result(output, input)
 
     def _transposed(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> Tensor:
+        # Apart from `forward`, as compilers do not trace the padding inside two contexts.
         with _attributes(self, weight=weight, bias=bias):
             output: Tensor = super().forward(input, output_size)
         return output
@@ -110,8 +134,8 @@ class _QuantConvTranspose(QuantLayer):
 
 class _QuantLinear(QuantLayer):
     def forward(self, input: Tensor) -> Any:
-        quantized, weight, bias = self.operands(input)
-        with self.saved_for_backward(input, quantized, weight):
+        quantized, weight, bias, saved = self.operands(input)
+        with saved:
             output = F.linear(quantized, weight, bias)
         return self.result(output, input)
 
@@ -164,7 +188,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         return self.out_proj(self._layout(output, batched)), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        quantized, weight, bias = self.operands(query)
+        quantized, weight, bias, _ = self.operands(query)
         if query is key and key is value:
             projected: Tensor = self.result(F.linear(quantized, weight, bias), query)
             return projected.chunk(3, -1)
@@ -266,8 +290,7 @@ def _on_quantized_operands(cls: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(cls.forward)
     def forward(self: QuantLayer, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.pop(first)
-        quantized, weight, bias = self.operands(input)
-        saved = self.saved_for_backward(input, quantized, weight)
+        quantized, weight, bias, saved = self.operands(input)
         with saved, _attributes(self, weight=weight, bias=bias):
             output = cls.forward(self, quantized, *args[1:], **kwargs)
         return self.result(output, input)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from lq.quantizer import Mode
+from lq.quantizer import Mode, Quantizer
 from lq.surgery import quantizers
 
 
@@ -19,20 +19,23 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 class QuantizerStates:
-    """The modes and the scales that a model's quantizers have now, to go back to.
+    """The modes and the scales that quantizers have now, to go back to.
+
+    Args:
+        found: The quantizers.
 
     Example:
         >>> from lq import quantize
         >>> model = quantize(nn.Linear(2, 2), "tensorrt_int8")
-        >>> before = QuantizerStates(model)
+        >>> before = QuantizerStates(quantizers(model).values())
         >>> model.input_quantizer.amax = torch.tensor(1.27)
         >>> before.restore()
         >>> model.input_quantizer
         Quantizer(int8, uncalibrated)
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._states = [(q, q.mode, q.saved()) for q in quantizers(model).values()]
+    def __init__(self, found: Iterable[Quantizer]) -> None:
+        self._states = [(q, q.mode, q.saved()) for q in found]
 
     def restore(self) -> None:
         """Give every quantizer the mode and the scale it had, known or not."""

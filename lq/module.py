@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from lq.checkpoint import read_weights
+from lq.checkpoint import read_weights, weights_below
 from lq.models import create_model
 from lq.spec import Recipe
 from lq.surgery import quantize
@@ -158,8 +158,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If it is damaged or does not fit the model, naming the first misfit.
     """
     weights: Mapping[str, Tensor] = read_weights(path)
-    if all(name.startswith("model.") for name in weights):
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    own = weights_below(weights, "model")
+    weights = own if len(own) == len(weights) else weights
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lq.functional import along_axis, encode
-from lq.latent import latent_weight, masked_weight, weight_mask, weight_scale
+from lq.latent import latent_weight, masked_weight, weight_mask
 from lq.layers import QuantLayer
 from lq.spec import QuantSpec
 
@@ -175,7 +175,8 @@ class OscillationTracker:
         """Do a ``step`` with the weight of a layer, where it is pruned with what is left of it."""
         latent, weight, mask = latent_weight(layer), masked_weight(layer), weight_mask(layer)
         assert latent is not None
-        self.step(weight, weight_scale(layer), layer.weight_quantizer.grid, threshold)
+        quantizer = layer.weight_quantizer
+        self.step(weight, quantizer.grid_scale, quantizer.grid, threshold)
         if self.frozen is not None and mask is not None:
             latent.copy_(torch.where(mask != 0, weight, latent))
 

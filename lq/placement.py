@@ -174,7 +174,7 @@ class _Placer:
             if is_rectified(self.dataflow, flow, tensor):
                 for site in self._places(flow, tensor):
                     spec = self.placement.specs[site]
-                    if spec.format.startswith("int"):
+                    if spec.number_format.is_integer:
                         self.placement.specs[site] = replace(spec, signed=False)
 
     def place_named_modules(self) -> None:

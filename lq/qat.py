@@ -21,12 +21,10 @@ def copy_scales(source: nn.Module, copy: nn.Module) -> None:
             found[name].restore(*quantizer.saved())
 
 
-def freeze_scales(model: nn.Module) -> None:
-    """Train learned ranges no further, and let moving averages stay where they are."""
+def freeze_scales(model: nn.Module, frozen: bool = True) -> None:
+    """Let ranges that learn or follow stay where they are, or move again."""
     for quantizer in quantizers(model).values():
-        quantizer.is_frozen = True
-        for tensor in quantizer.range_tensors().values():
-            tensor.requires_grad_(False)
+        quantizer.is_frozen = frozen
 
 
 def set_bits(model: nn.Module, bits: int | None) -> None:
@@ -36,21 +34,27 @@ def set_bits(model: nn.Module, bits: int | None) -> None:
     saved meanwhile fits the formats of the recipe.
     """
     for quantizer in quantizers(model).values():
-        if quantizer.spec.format.startswith("int"):
+        if quantizer.spec.number_format.is_integer:
             quantizer.bits = bits
 
 
 def save_memory(model: nn.Module, enabled: bool = True) -> None:
     """Let the backward pass quantize again instead of saving a quantized copy of every input.
 
-    Gradients are the same, bit for bit. Attention saves its copies all the same.
+    Gradients are the same, bit for bit. Attention saves its copies all the same, and a compiled
+    program decides for itself.
     """
     for quantizer in quantizers(model).values():
         quantizer.memory_efficient = enabled
 
 
-def freeze_batchnorm(model: nn.Module) -> None:
-    """Let BatchNorm layers use and keep their running statistics, until ``model.train()``."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+def freeze_batchnorm(model: nn.Module) -> set[nn.Module]:
+    """Let BatchNorm layers use and keep their running statistics, until ``model.train()``.
+
+    Returns:
+        Those that did not already.
+    """
+    norms: set[nn.Module] = {m for m in model.modules() if isinstance(m, _BatchNorm) and m.training}
+    for norm in norms:
+        norm.eval()
+    return norms

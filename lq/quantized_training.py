@@ -12,7 +12,7 @@ from lq.qat import freeze_batchnorm, freeze_scales, set_bits
 from lq.quantizer import Mode
 from lq.ranges import Ranges
 from lq.schedule import Schedule
-from lq.surgery import any_calibrated, input_quantizers, quantizers, weight_quantizers
+from lq.surgery import any_calibrated, input_quantizers, weight_quantizers
 
 
 class QuantizedTraining:
@@ -38,7 +38,7 @@ class QuantizedTraining:
         >>> training = QuantizedTraining(model, calibration_batches=2)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
         >>> for step in range(4):
-        ...     training.before_batch(epoch=0, step=step)
+        ...     _ = training.before_batch(epoch=0, step=step)
         ...     model(torch.ones(8, 16)).square().sum().backward()
         ...     optimizer.step()
         ...     _ = training.after_batch()
@@ -59,31 +59,30 @@ class QuantizedTraining:
         self.calibration_batches = calibration_batches
         self.schedule = schedule or Schedule()
         self.schedule.check_bits(model)
+        self._weights, self._inputs = weight_quantizers(model), input_quantizers(model)
         self._collector: RangeCollector | None = None
         self._batches = 0
         self._epoch = -1
+        self._frozen_norms: set[nn.Module] = set()
         idle_until_calibrated(model)
 
-    def before_batch(self, epoch: int, step: int) -> None:
+    def before_batch(self, epoch: int, step: int) -> Ranges | None:
         """Begin what begins with this batch, also where training is resumed behind that point.
 
         Args:
             epoch: Epochs completed.
             step: Optimizer steps taken.
+
+        Returns:
+            The ranges of weights, where they begin to be quantized before inputs.
         """
         if epoch != self._epoch:
-            self.begin_epoch(epoch)
-        if self._collector is None:
-            self._begin_quantizing(epoch, step)
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Set the bits of this epoch, and freeze what is frozen in it."""
-        self._epoch = epoch
-        set_bits(self.model, self.schedule.bits_at(epoch))
-        if self.schedule.freezes_scales(epoch):
-            freeze_scales(self.model)
-        if self.schedule.freezes_batchnorm(epoch):
-            freeze_batchnorm(self.model)
+            self._epoch = epoch
+            set_bits(self.model, self.schedule.bits_at(epoch))
+            freeze_scales(self.model, self.schedule.freezes_scales(epoch))
+        if self.schedule.freezes_batchnorm(epoch):  # each batch, as ``model.train()`` undoes it
+            self._frozen_norms |= freeze_batchnorm(self.model)
+        return None if self._collector is not None else self._begin_quantizing(epoch, step)
 
     def after_batch(self) -> Ranges | None:
         """Count the batch; return the ranges when there are enough, from when on it quantizes."""
@@ -97,8 +96,12 @@ class QuantizedTraining:
             self._collector.start_scoring()
         return None
 
-    def pause(self) -> None:
-        """Keep data out of the ranges for a while, such as those of validation."""
+    def pause(self, epoch: int) -> None:
+        """Keep data out of the ranges for a while, and give the model the bits of this epoch.
+
+        That is for validation, which a resumed training may begin with.
+        """
+        set_bits(self.model, self.schedule.bits_at(epoch))
         if self._collector is not None:
             self._collector.pause()
 
@@ -111,29 +114,33 @@ class QuantizedTraining:
         """Make do with fewer batches than asked for, where training was shorter."""
         ranges = self._finish() if self._collector is not None and self._batches else None
         self.abort()
-        set_bits(self.model, None)
         # Whatever has no range by now refuses to run, rather than running in float unnoticed.
         set_mode(self.model, Mode.QUANTIZE)
         return ranges
 
     def abort(self) -> None:
-        """Leave no observers behind."""
+        """Leave nothing behind that is for training alone: observers, bits, what is frozen."""
         if self._collector is not None:
             self._collector.abort()
             self._collector = None
+        set_bits(self.model, None)
+        freeze_scales(self.model, frozen=False)
+        for norm in self._frozen_norms:
+            norm.train(self.model.training)
 
-    def _begin_quantizing(self, epoch: int, step: int) -> None:
-        weights, inputs = weight_quantizers(self.model), input_quantizers(self.model)
-        later = self.schedule.inputs_start_later
-        if later and self.schedule.quantizes_weights(epoch, step) and not any_calibrated(weights):
-            calibrate_weights(self.model, self.calibrator)
+    def _begin_quantizing(self, epoch: int, step: int) -> Ranges | None:
+        schedule, weights, ranges = self.schedule, self._weights, None
+        later = schedule.inputs_start_later
+        if later and schedule.quantizes_weights(epoch, step) and not any_calibrated(weights):
+            ranges = calibrate_weights(self.model, self.calibrator)
             for quantizer in weights.values():
                 quantizer.mode = Mode.QUANTIZE
-        waiting = inputs if later else quantizers(self.model)
-        if self.schedule.quantizes_inputs(epoch, step) and not any_calibrated(waiting):
+        waiting = self._inputs if later else self._weights | self._inputs
+        if schedule.quantizes_inputs(epoch, step) and not any_calibrated(waiting):
             collector = RangeCollector(self.model, self.calibrator, weights=not later)
             self._collector, self._batches = collector, 0
             collector.start()
+        return ranges
 
     def _finish(self) -> Ranges:
         assert self._collector is not None

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lq.functional import (
     along_axis,
+    amax_along_axis,
     amax_to_scale,
     fake_quantize,
     is_exporting,
+    is_in_backward,
     learned_scale,
     offset_to_zero_point,
     round_to_dtype,
@@ -54,8 +56,9 @@ class Quantizer(nn.Module):
     specs have a learned ``offset`` besides, the value of the smallest code; others have ``None``.
 
     Ranges move only in training mode: learned ones by the optimizer, moving averages in
-    ``forward``, which follows ``amax`` of each batch over all ranks,
-    ``amax <- 0.99 amax + 0.01 max |x|`` (Jacob et al. 2018, section 3.1).
+    ``forward``, which follows ``amax`` of each tensor over all ranks,
+    ``amax <- 0.99 amax + 0.01 max |x|`` (Jacob et al. 2018, section 3.1); a forward pass that is
+    done again for the backward pass (checkpointing) moves nothing.
 
     Args:
         spec: How to quantize.
@@ -92,7 +95,7 @@ class Quantizer(nn.Module):
         self.memory_efficient = False
         """Whether the backward pass quantizes again instead of saving what was quantized."""
         self.is_frozen = False
-        """Whether a moving average has stopped following."""
+        """Whether a range that learns or follows stays where it is."""
         # Cached, so that a calibrated quantizer never waits for the device to look at its scale.
         self._calibrated = not spec.needs_scale
         self.register_buffer("offset", None)
@@ -129,10 +132,13 @@ class Quantizer(nn.Module):
 
         Of an asymmetric quantizer, the larger magnitude of the two ends of its range.
         """
-        if self.scale is not None and self.offset is not None:
-            low = self.offset.detach()
-            return torch.maximum(-low, low + self.scale.detach() * self.spec.qmax)
-        return None if self.scale is None else self.scale.detach() * self.spec.qmax
+        if self.scale is None:
+            return None
+        width = self.positive_scale * self.spec.qmax
+        if self.offset is None:
+            return width
+        low = self.offset.detach()
+        return torch.maximum(-low, low + width)
 
     @amax.setter
     def amax(self, amax: Tensor) -> None:
@@ -156,6 +162,18 @@ class Quantizer(nn.Module):
             self.scale.copy_(amax_to_scale(amax, self.spec.qmax))
         self._calibrated = True
 
+    @property
+    def positive_scale(self) -> Tensor:
+        """The scale as it is used: one that learned its way below zero as a small positive one."""
+        assert self.scale is not None
+        scale = self.scale.detach()
+        return learned_scale(scale) if self.spec.learns_range else scale
+
+    @property
+    def grid_scale(self) -> Tensor:
+        """The same of the codes there are for now, which may be more."""
+        return self._on_grid(self.positive_scale)
+
     def set_bounds(self, low: Tensor, high: Tensor) -> None:
         """Set the range of an asymmetric quantizer; it always takes in 0."""
         assert self.scale is not None
@@ -172,7 +190,7 @@ class Quantizer(nn.Module):
         if self.scale is None or self.offset is None:
             return torch.zeros(())
         spec = self.spec
-        return offset_to_zero_point(self.offset.detach(), self.scale.detach(), spec.qmin, spec.qmax)
+        return offset_to_zero_point(self.offset.detach(), self.positive_scale, spec.qmin, spec.qmax)
 
     def saved(self) -> tuple[Tensor, ...]:
         """Return copies of what says the range, for ``restore``."""
@@ -214,22 +232,33 @@ class Quantizer(nn.Module):
                 "a Calibration or QuantizationAwareTraining callback, load a calibrated "
                 "checkpoint, or leave the layer float with a recipe rule (format: skip)."
             )
-        follows = self.spec.range == "moving_average" and self.training and not self.is_frozen
-        return self.quantize(x, self._follow(x) if follows else self.scale)
+        moves = self.training and not self.is_frozen and not is_in_backward()
+        follows = self.spec.range == "moving_average" and moves
+        return self._quantize(x, self._follow(x) if follows else self.scale)
 
-    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+    def as_now(self) -> Callable[[Tensor], Tensor]:
+        """Return a function that quantizes as this does now, whatever becomes of the range."""
+        if self.scale is None:
+            dtype = self.compute_dtype
+            return lambda x: x if dtype is None else round_to_dtype(x, dtype)
+        spec, offset = self.grid, None if self.offset is None else self.offset.detach().clone()
+        scale = self.grid_scale.clone()
+        return lambda x: fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset)
+
+    def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return `x` rounded with a scale, that of the quantizer's own format."""
-        spec = self.grid
-        if spec is not self.spec:
-            scale = scale * (self.spec.qmax / spec.qmax)
+        spec, offset = self.grid, self.offset
+        if self.is_frozen:
+            scale, offset = scale.detach(), None if offset is None else offset.detach()
         if spec.learns_range:
             scale = learned_scale(scale, self._gradient_scale(x))
+        scale = self._on_grid(scale)
         low, high, axis = spec.qmin, spec.qmax, spec.axis
         if is_exporting():
-            exported: Tensor = torch.ops.lq.fake_quantize(x, scale, low, high, axis, self.offset)
+            exported: Tensor = torch.ops.lq.fake_quantize(x, scale, low, high, axis, offset)
             return exported
         clipped_only, again = spec.range == "pact", self.memory_efficient
-        return fake_quantize(x, scale, low, high, axis, self.offset, clipped_only, again)
+        return fake_quantize(x, scale, low, high, axis, offset, clipped_only, again)
 
     @property
     def grid(self) -> QuantSpec:
@@ -238,12 +267,15 @@ class Quantizer(nn.Module):
             return self.spec
         return dataclasses.replace(self.spec, format=f"int{self.bits}")
 
+    def _on_grid(self, scale: Tensor) -> Tensor:
+        """Return a scale of the own format as that of the codes for now, which reach as far."""
+        grid = self.grid
+        return scale if grid is self.spec else scale * (self.spec.qmax / grid.qmax)
+
     def _follow(self, x: Tensor) -> Tensor:
         """Move the range towards the largest magnitudes of a batch, those of all ranks."""
         assert self.scale is not None
-        axis = self.spec.axis
-        others = [i for i in range(x.dim()) if axis is None or i != axis % x.dim()]
-        amax = x.detach().abs().amax(others).float()
+        amax = amax_along_axis(x.detach(), self.spec.axis).float()
         if world_size() > 1:
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX)
         self.scale.lerp_(amax_to_scale(amax, self.spec.qmax), 1 - MOMENTUM)
@@ -255,20 +287,21 @@ class Quantizer(nn.Module):
 
         ``1 / sqrt(N qmax)`` with `N` the weights or, of one sample, the features that share the
         scale (Esser et al. 2020, section 2.2); for PACT ``1 / qmax^2``, with which gradient descent
-        moves ``amax = scale * qmax`` as if that were the parameter.
+        moves ``amax = scale * qmax`` as if that were the parameter. With more bits for now, their
+        scale moves as if it were the parameter.
         """
-        spec = self.grid
+        spec = self.spec
         if spec.range == "pact":
             return spec.qmax**-2
         assert self.scale is not None
         is_weight = spec.narrow or spec.axis is not None
         shared = x.numel() / (self.scale.numel() if is_weight else max(len(x), 1))
-        return 1 / math.sqrt(max(shared, 1) * spec.qmax)
+        qmax = self.grid.qmax
+        return (qmax / spec.qmax) ** 2 / math.sqrt(max(shared, 1) * qmax)
 
     def clipped(self, x: Tensor) -> Tensor:
         """Return where `x` lies beyond the range, as a mask."""
-        assert self.scale is not None
-        codes = x.detach() / along_axis(self.scale.detach(), self.spec.axis, x.dim())
+        codes = x.detach() / along_axis(self.positive_scale, self.spec.axis, x.dim())
         codes = codes + self.zero_point
         return (codes < self.spec.qmin - 0.5) | (codes > self.spec.qmax + 0.5)
 

@@ -2,57 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lq.quantizer import Quantizer
+
+class Way(NamedTuple):
+    """A quantized tensor, what it was made from, the function that makes it, and whose it is."""
+
+    quantized: Tensor
+    source: Tensor
+    make: Callable[[Tensor], Tensor]
+    name: str
 
 
-def requantizing(*ways: tuple[Tensor, Tensor, Quantizer]) -> AbstractContextManager[Any]:
+def requantizing(*ways: Way) -> AbstractContextManager[Any]:
     """Return a context in which operations that save a quantized tensor save how to make it.
 
     What it was made from is kept for the straight-through gradient anyway; so the copy is free
     again after the forward pass, and the backward pass makes it once more, bit for bit.
-
-    Args:
-        ways: Quantized tensors, each with what it was made from and by which quantizer.
     """
     again = {
-        quantized.data_ptr(): _way(source.detach(), quantizer)
-        for quantized, source, quantizer in ways
-        if quantized is not source
+        way.quantized.data_ptr(): (way.quantized._version, _again(way))
+        for way in ways
+        if way.quantized is not way.source
     }
 
     def pack(saved: Tensor) -> Any:
-        way = again.get(saved.data_ptr())
-        # Linear saves its weight transposed: another view of the same memory.
-        return saved if way is None else (way, saved.shape, saved.stride())
+        version, make = again.get(saved.data_ptr(), (None, None))
+        # Linear saves its weight transposed: another view of the same memory. What was changed in
+        # place since is not what would be made.
+        return saved if saved._version != version else (make, saved.shape, saved.stride())
 
     def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        way, shape, stride = saved
-        return way().as_strided(shape, stride)  # type: ignore[no-any-return]
+        make, shape, stride = saved
+        return make().as_strided(shape, stride)  # type: ignore[no-any-return]
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _way(source: Tensor, quantizer: Quantizer) -> partial[Tensor]:
-    scale = quantizer.scale
-    # A copy: a moving average has moved on, and an optimizer may, before the backward pass.
-    kept = None if scale is None else scale.detach().clone()
-    return partial(_quantize, quantizer, source, source._version, kept)
+def _again(way: Way) -> Callable[[], Tensor]:
+    # Not the quantized tensor: that must be free after the forward pass.
+    source, make, name = way.source.detach(), way.make, way.name
+    version = source._version
 
+    @torch.no_grad()
+    def again() -> Tensor:
+        if source._version != version:
+            raise RuntimeError(
+                f"Expected the input of {name!r} to stay as it was until the backward pass, but it "
+                "was changed in place; change a copy, or do without save_memory."
+            )
+        return make(source)
 
-@torch.no_grad()
-def _quantize(quantizer: Quantizer, x: Tensor, version: int, scale: Tensor | None) -> Tensor:
-    if x._version != version:
-        raise RuntimeError(
-            f"Expected the input of {quantizer.name!r} to stay as it was until the backward pass, "
-            "but it was changed in place; change a copy, or do without save_memory."
-        )
-    return quantizer(x) if scale is None else quantizer.quantize(x, scale)
+    return again

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lq.checkpoint import read_checkpoint
+from lq.checkpoint import read_checkpoint, weights_below
 from lq.models import create_model
 from lq.state import RECIPE, decode_recipe
 from lq.surgery import quantize
 
-_PREFIX = "model."
+_MODEL = "model"
+"""Name of the network in a QuantModule."""
 
 
 def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -47,12 +48,11 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         )
     """
     checkpoint = read_checkpoint(path)
-    saved = checkpoint.get("state_dict", {})
-    weights = {k.removeprefix(_PREFIX): v for k, v in saved.items() if k.startswith(_PREFIX)}
+    weights = weights_below(checkpoint.get("state_dict", {}), _MODEL)
     if not weights:
         raise ValueError(
             f"Expected {str(path)!r} to be the checkpoint of a QuantModule, but it has no weights "
-            f"of a {_PREFIX.rstrip('.')!r}; use lq.load_from_checkpoint with the class it is of."
+            f"of a {_MODEL!r}; use lq.load_from_checkpoint with the class it is of."
         )
     if model is None:
         model = _made(path, checkpoint.get("hyper_parameters", {}))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lq.formats import FORMATS
 from lq.surgery import quantizers
 
 
@@ -26,7 +27,7 @@ class Schedule:
 
     Raises:
         ValueError: For a negative epoch or step, inputs that start before weights, or bits that do
-            not fall.
+            not fall or that no integer format has.
 
     Example:
         >>> schedule = Schedule(start_epoch=1, bits={0: 8, 2: 6, 4: 4})
@@ -59,6 +60,11 @@ class Schedule:
                 )
         epochs = sorted(self.bits)
         widths = [self.bits[epoch] for epoch in epochs]
+        if any(f"int{bits}" not in FORMATS for bits in widths):
+            raise ValueError(
+                f"Expected `progressive_bits` to be bits of an integer format, 2 to 8, but got "
+                f"{dict(self.bits)}."
+            )
         if any(e < 0 for e in epochs) or widths != sorted(set(widths), reverse=True):
             raise ValueError(
                 "Expected `progressive_bits` to fall from one epoch to a later one, such as "
@@ -103,6 +109,8 @@ class Schedule:
             ("start_epoch", self.start_epoch),
             ("inputs_start_epoch", self.inputs_start_epoch or 0),
             ("progressive_bits", max(self.bits, default=0)),
+            ("freeze_scales_epoch", self.freeze_scales_epoch or 0),
+            ("freeze_batchnorm_epoch", self.freeze_batchnorm_epoch or 0),
         )
         begin_steps = (
             ("start_step", self.start_step),
@@ -114,7 +122,7 @@ class Schedule:
     def check_bits(self, model: nn.Module) -> None:
         """Raise a ``ValueError`` if progressive bits do not end with the model's own formats."""
         specs = [q.spec for q in quantizers(model).values()]
-        own = min((s.number_format.bits for s in specs if s.format.startswith("int")), default=0)
+        own = min((s.number_format.bits for s in specs if s.number_format.is_integer), default=0)
         if self.bits and own and min(self.bits.values()) > own:
             raise ValueError(
                 "Expected `progressive_bits` to end with the fewest bits of the recipe, "

@@ -86,7 +86,7 @@ class Rule:
                 spec.inputs,
                 format=name,
                 signed=True,
-                symmetric=spec.inputs.symmetric or not name.startswith("int"),
+                symmetric=spec.inputs.symmetric or not FORMATS[name].is_integer,
             ),
         )
 

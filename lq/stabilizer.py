@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional import encode
-from lq.latent import latent_layers, latent_weight, masked_weight, weight_mask, weight_scale
+from lq.latent import latent_layers, latent_weight, masked_weight, weight_mask
 from lq.layers import QuantLayer
 from lq.oscillation import OSCILLATING, OscillationTracker, dampening_gradient
 from lq.quantizer import Mode
@@ -132,8 +132,9 @@ class Stabilizer:
 
     def _tracker(self, name: str, layer: QuantLayer) -> OscillationTracker:
         """Return a layer's tracker: a new one where its weights have another format now."""
-        weight, scale, spec = masked_weight(layer), weight_scale(layer), layer.weight_quantizer.grid
+        weight, spec = masked_weight(layer), layer.weight_quantizer.grid
         if self._formats.get(name) != spec.format:
+            scale = layer.weight_quantizer.grid_scale
             codes = encode(weight.float(), scale, spec.qmin, spec.qmax, spec.axis)
             self._trackers[name] = OscillationTracker(codes, self.momentum, self.freezes)
             self._formats[name] = spec.format
@@ -142,8 +143,8 @@ class Stabilizer:
 
 def _dampening(layer: QuantLayer) -> Tensor:
     """Return the gradient of the dampening loss with respect to a layer's latent weight."""
-    spec, mask = layer.weight_quantizer.grid, weight_mask(layer)
-    weight, scale = masked_weight(layer), weight_scale(layer)
+    weight, mask, quantizer = masked_weight(layer), weight_mask(layer), layer.weight_quantizer
+    spec, scale = quantizer.grid, quantizer.grid_scale
     gradient = dampening_gradient(weight, scale, spec.qmin, spec.qmax, spec.axis)
     return gradient if mask is None else gradient * mask
 
@@ -159,4 +160,4 @@ def is_low_bit(spec: QuantSpec, max_bits: int) -> bool:
         >>> is_low_bit(QuantSpec("int4"), 4), is_low_bit(QuantSpec("int8"), 4)
         (True, False)
     """
-    return spec.format.startswith("int") and spec.number_format.bits <= max_bits
+    return spec.number_format.is_integer and spec.number_format.bits <= max_bits

@@ -66,7 +66,7 @@ class QuantSpec:
             )
         if not self.symmetric:
             self._check_asymmetric()
-        if not self.signed and not self.format.startswith("int"):
+        if not self.signed and not self.number_format.is_integer:
             raise ValueError(
                 f"Expected `signed` to be True for format {self.format!r}, but got False: "
                 "only integer formats can be unsigned."
@@ -78,7 +78,7 @@ class QuantSpec:
 
     def _check_asymmetric(self) -> None:
         learned_input = self.range == "lsq" and self.axis is None and not self.narrow
-        if not learned_input or not self.format.startswith("int"):
+        if not learned_input or not self.number_format.is_integer:
             raise ValueError(
                 "Expected `symmetric` to be True except for inputs of an integer format with "
                 f"range: lsq, which learns the offset, but got False with {self.format} and "

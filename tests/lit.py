@@ -1,9 +1,13 @@
 """The plain LightningModule of Lightning's own quick start, unmodified, and data for it."""
 
 import lightning as L
+import pytest
 import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
+
+from lq.callbacks import QuantizationAwareTraining
+from lq.tensor_spec import RANGES
 
 
 class LitAutoEncoder(L.LightningModule):
@@ -95,15 +99,20 @@ def with_ranges(kind):
 
 def every_range():
     """Return a recipe with ranges of every kind for ``LitSmall``, an offset among them."""
-    frozen, following, lsq, pact = (
-        with_ranges(kind)["inputs"] for kind in ("frozen", "moving_average", "lsq", "pact")
-    )
+    frozen, following, lsq, pact = (with_ranges(kind)["inputs"] for kind in RANGES)
     rules = [
         {"name": "encoder.0", "weights": frozen, "inputs": following},
         {"name": "encoder.2", "weights": following, "inputs": {**lsq, "symmetric": False}},
         {"name": "decoder", "weights": lsq, "inputs": pact},
     ]
     return {"rules": rules}
+
+
+def qat(recipe=None, **kwargs):
+    """Return the callback with ranges of every kind, if not said otherwise."""
+    return QuantizationAwareTraining(
+        recipe or every_range(), **{"calibration_batches": 2, **kwargs}
+    )
 
 
 class Losses(L.Callback):
@@ -114,3 +123,20 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, *args):
         self.seen.append(outputs["loss"].item())
+
+
+class Crash(L.Callback):
+    """Ends a fit as Ctrl-C does, at the start of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs gloo",
+)

@@ -10,7 +10,7 @@ import lq
 from lq.callbacks import QuantizationAwareTraining, SensitivitySweep
 from lq.data import DigitsDataModule
 from lq.sensitivity import Sensitivity
-from tests.lit import autoencoder, loader, trainer
+from tests.lit import autoencoder, loader, needs_gloo, trainer
 
 
 class SaveRanges(L.Callback):
@@ -24,7 +24,7 @@ class SaveRanges(L.Callback):
         torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("calibrator", ["max", "auto"])
 def test_two_ranks_share_ranges_and_weights(tmp_path, calibrator):
     images = torch.cat([x for x, _ in loader()])
@@ -51,7 +51,7 @@ def test_two_ranks_share_ranges_and_weights(tmp_path, calibrator):
         assert torch.equal(ranks[0]["encoder.0.input_quantizer.scale"], images.max() / 127)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("method", ["exact", "adaptive", "gradient"])
 def test_two_ranks_share_the_layers_of_a_sweep(tmp_path, method):
     found = {}

@@ -184,6 +184,22 @@ def test_scale_gradient_is_torchs_learnable_op(limits: Range, axis: int | None) 
     assert torch.equal(ours[0].grad, theirs[0].grad)
 
 
+def test_scale_gradient_of_a_large_tensor_does_not_cancel() -> None:
+    """Gradients with a mean, and inputs without a sign, make large sums of products."""
+    torch.manual_seed(0)
+    x, grad = torch.rand(16, 64, 56, 56), torch.randn(16, 64, 56, 56) + 1
+    scale = torch.tensor(1 / 256, requires_grad=True)
+
+    fake_quantize(x, scale, 0, 255).backward(grad)
+
+    code = x.double() * 256
+    inside = code.round() <= 255
+    error = code.round().clamp(max=255) - torch.where(inside, code, 0)
+    assert scale.grad is not None
+    exact = (grad.double() * error).sum()
+    torch.testing.assert_close(scale.grad.double(), exact, rtol=0, atol=2.0)
+
+
 def straight_through(x: Tensor, scale: Tensor) -> Tensor:
     """Float8 fake quantization as autograd sees it when rounding is the identity."""
     code = x / scale

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import lq
 from lq.calibration import calibrate_weights
 from lq.layers import QUANT_CLASSES, QuantLayer, quantized_class
+from lq.qat import save_memory
 from lq.surgery import quantizers
 
 
@@ -229,8 +230,10 @@ def test_exports_two_fake_quantizers(case: Case) -> None:
     torch.__version__.startswith("2.8."), reason="torch 2.8 does not trace shadowed parameters"
 )
 @ALL
-def test_compiles_without_graph_breaks(case: Case) -> None:
+@pytest.mark.parametrize("saving", [False, True], ids=["", "saving-memory"])
+def test_compiles_without_graph_breaks(case: Case, saving: bool) -> None:
     _, quantized, x = built(case)
+    save_memory(quantized, saving)
     torch.compiler.reset()
 
     compiled = torch.compile(quantized, fullgraph=True, backend="eager")

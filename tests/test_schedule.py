@@ -76,6 +76,57 @@ def test_weights_keep_their_ranges_when_inputs_follow() -> None:
     assert training.model[0].input_quantizer.is_calibrated
 
 
+def test_weights_that_learned_meanwhile_stay_learned_when_inputs_follow() -> None:
+    recipe = {"weights": {"format": "int8", "range": "lsq"}}
+    training = QuantizedTraining(network(recipe), "max", 2, Schedule(inputs_start_epoch=1))
+    scale = training.model[0].weight_quantizer.scale
+    optimizer = torch.optim.SGD(training.model.parameters(), 1.0)
+    for step in range(5):
+        training.before_batch(int(step > 2), step)
+        training.model(torch.randn(8, 8)).square().mean().backward()
+        optimizer.step()
+        learned = scale.clone()
+        found = training.after_batch()
+
+    assert found is not None
+    assert torch.equal(scale, learned)
+
+
+def test_an_abort_leaves_nothing_of_the_training_behind() -> None:
+    spec = {"format": "int4", "range": "moving_average"}
+    schedule = Schedule(bits={0: 8, 1: 4}, freeze_scales_epoch=0, freeze_batchnorm_epoch=0)
+    training = QuantizedTraining(network({"inputs": spec}), "max", 1, schedule)
+    modes_over(training, epochs=1, batches=2)
+    layer, norm = training.model[:2]
+    assert layer.input_quantizer.grid.format == "int8"
+    assert layer.input_quantizer.is_frozen
+    assert not norm.training
+
+    training.abort()
+
+    assert layer.input_quantizer.grid is layer.input_quantizer.spec
+    assert not layer.input_quantizer.is_frozen
+    assert norm.training
+
+
+def test_bits_for_now_are_not_exported(tmp_path) -> None:
+    training = QuantizedTraining(
+        network({"weights": "int4"}), "max", 1, Schedule(bits={0: 8, 1: 4})
+    )
+    modes_over(training, epochs=1, batches=2)
+
+    with pytest.raises(ValueError, match=r"'0.weight_quantizer'.*int4.*8 for now.*after training"):
+        lq.export_onnx(training.model.eval(), torch.randn(2, 8), tmp_path / "m.onnx")
+
+
+def test_batchnorm_stays_frozen_when_training_mode_is_set_again() -> None:
+    training = QuantizedTraining(network(), "max", 1, Schedule(freeze_batchnorm_epoch=0))
+    for step in range(3):
+        training.model.train()
+        training.before_batch(0, step)
+        assert not training.model[1].training
+
+
 def test_a_calibrated_model_goes_on_where_it_was() -> None:
     model = lq.calibrate(network(), [torch.randn(8, 8)], progress=False)
 
@@ -97,7 +148,8 @@ def test_bits_fall_epoch_by_epoch_and_end_as_the_recipe_says() -> None:
         training.after_batch()
 
     assert seen == [("int8", "int8"), ("int6", "int6"), ("int4", "int6")]
-    training.begin_epoch(0)
+    training.pause(0)
+    assert layer.weight_quantizer.grid.format == "int8"
     training.end()
     assert layer.weight_quantizer.grid is layer.weight_quantizer.spec
 
@@ -141,6 +193,7 @@ def test_too_few_batches_make_do_and_none_refuse_to_run() -> None:
         ),
         pytest.param({"bits": {0: 4, 2: 8}}, "`progressive_bits`.*fall.*4.*8", id="rising"),
         pytest.param({"bits": {-1: 8, 2: 4}}, "`progressive_bits`", id="negative-epoch"),
+        pytest.param({"bits": {0: 16, 2: 4}}, "`progressive_bits`.*2 to 8.*16", id="no-format"),
     ],
 )
 def test_impossible_schedules(arguments, match) -> None:
@@ -154,6 +207,12 @@ def test_impossible_schedules(arguments, match) -> None:
         pytest.param(Schedule(start_epoch=3), 3, None, "`start_epoch`.*max_epochs.*3", id="epoch"),
         pytest.param(Schedule(start_step=50), 9, 50, "`start_step`.*max_steps.*50", id="step"),
         pytest.param(Schedule(bits={0: 8, 5: 4}), 5, None, "`progressive_bits`.*5", id="bits"),
+        pytest.param(
+            Schedule(freeze_scales_epoch=3), 3, None, "`freeze_scales_epoch`.*3", id="scales"
+        ),
+        pytest.param(
+            Schedule(freeze_batchnorm_epoch=4), 3, None, "`freeze_batchnorm_epoch`.*4", id="norms"
+        ),
     ],
 )
 def test_what_would_never_begin(schedule, epochs, steps, match) -> None:

@@ -35,7 +35,7 @@ def entropy_amax(statistics: HistogramObserver, spec: QuantSpec) -> Tensor:
     histogram = statistics.histogram
     usual = float(histogram.edges[histogram.quantile_bin(0.9999) + 1]) * OUTLIERS
     limit = min(float(histogram.amax), usual)
-    if not spec.format.startswith("int") or limit == 0:
+    if not spec.number_format.is_integer or limit == 0:
         return histogram.amax
     levels = 1 << (spec.number_format.bits - int(spec.signed))
     best = entropy_bin(histogram.linear(BINS, limit), levels)

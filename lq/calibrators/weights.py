@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lq.functional import fake_quantize
+from lq.functional import amax_along_axis, fake_quantize
 from lq.spec import QuantSpec
 
 MSE_CANDIDATES = 48
@@ -27,10 +27,7 @@ def weight_max_amax(weight: Tensor, spec: QuantSpec) -> Tensor:
         >>> weight_max_amax(torch.tensor([[1.0, -3.0], [0.5, 0.25]]), QuantSpec(axis=0))
         tensor([3.0000, 0.5000])
     """
-    magnitudes = weight.detach().abs().float()
-    if spec.axis is None:
-        return magnitudes.amax()
-    return magnitudes.amax([i for i in range(weight.dim()) if i != spec.axis % weight.dim()])
+    return amax_along_axis(weight.detach(), spec.axis).float()
 
 
 def weight_mse_amax(weight: Tensor, spec: QuantSpec) -> Tensor:

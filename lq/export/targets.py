@@ -6,7 +6,7 @@ from torch import nn
 
 from lq.sites import QuantSites
 from lq.spec import LayerSpec, QuantSpec
-from lq.surgery import quantized_layers
+from lq.surgery import quantized_layers, quantizers
 
 TARGETS: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"int8", "int4", "fp8_e4m3", "fp16", "bf16", "fp32"}),
@@ -21,11 +21,18 @@ STORED_ONLY = frozenset({"int4"})
 
 
 def check_target(model: nn.Module, target: str) -> None:
-    """Raise a ``ValueError`` naming the first layer or quantizer that a target cannot run."""
+    """Raise a ``ValueError`` naming the first layer or quantizer that a target cannot run as is."""
     if target not in TARGETS:
         raise ValueError(
             f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}."
         )
+    for name, quantizer in quantizers(model).items():
+        if quantizer.grid is not quantizer.spec:
+            raise ValueError(
+                f"Expected quantizer {name!r} to have the bits of its format, "
+                f"{quantizer.spec.format}, but it has {quantizer.bits} for now: progressive bits "
+                "have not come to their end; export after training."
+            )
     for name, layer in quantized_layers(model).items():
         spec = layer.layer_spec
         for part, reason in (

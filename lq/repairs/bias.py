@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lq.layers import QuantLayer
 from lq.repairs.norms import following_norms
-from lq.repairs.running import check_ready, float_copy, hooks, outputs
+from lq.repairs.running import bypassed_copy, check_ready, hooks, outputs
 from lq.surgery import quantized_layers
 
 
@@ -120,7 +120,7 @@ def correct_biases(
         0.0015
     """
     check_ready(model)
-    reference = float_copy(model) if reference is None else reference
+    reference = bypassed_copy(model) if reference is None else reference
     correction: _Correction | None = None
     norms: dict[str, _BatchNorm] = {}
     left: dict[str, str] = {}

@@ -16,7 +16,7 @@ from lq.repairs.blame import layer_sqnr
 from lq.repairs.equalization import equalize
 from lq.repairs.norms import live_norms
 from lq.repairs.report import Judge, RepairReport, RepairStep
-from lq.repairs.running import check_ready, check_repeatable, float_copy
+from lq.repairs.running import bypassed_copy, check_ready, check_repeatable
 
 log = logging.getLogger(__name__)
 METHODS = ("equalize", "batchnorm", "bias")
@@ -65,7 +65,7 @@ def repair(
         ['bias']
     """
     _check(model, batches, held_out, methods)
-    judge = Judge(float_copy(model), held_out)
+    judge = Judge(bypassed_copy(model), held_out)
     blame = layer_sqnr(model, next(iter(held_out)), progress)
     runs: dict[str, Callable[[], dict[str, str]]] = {
         "equalize": lambda: _equalize_and_calibrate(model, batches, calibrator, progress),
@@ -90,7 +90,7 @@ def repair(
         if not kept:
             model.load_state_dict(before)
         elif method == "equalize":
-            judge.reference = float_copy(model)  # its layers' outputs were scaled as well
+            judge.reference = bypassed_copy(model)  # its layers' outputs were scaled as well
         fidelity = after if kept else fidelity
     return RepairReport(blame, steps)
 

@@ -39,7 +39,7 @@ def check_repeatable(batches: Iterable[Any], name: str) -> None:
         )
 
 
-def float_copy(model: ModuleT) -> ModuleT:
+def bypassed_copy(model: ModuleT) -> ModuleT:
     """Return a copy of a quantized model that runs in float, layer names and all."""
     reference = copy.deepcopy(model)
     set_mode(reference, Mode.BYPASS)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lq
 from lq.callbacks import Distillation, QuantizationAwareTraining
 from lq.distillation import distillation_loss, feature_loss
-from tests.lit import autoencoder, loader, trainer
+from tests.lit import Crash, autoencoder, loader, needs_gloo, trainer
 
 
 class LitClassifier(L.LightningModule):
@@ -180,15 +180,6 @@ def test_self_is_the_float_net_before_training(tmp_path):
     assert callback._digest == digest
     trainer(tmp_path, [qat, callback]).fit(LitClassifier(seed=5), data())
     assert callback._digest != digest
-
-
-class Crash(L.Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
-            raise KeyboardInterrupt
 
 
 def qat_fit(folder, lit=None, ckpt_path=None, crash=None, first="qat", **kwargs):
@@ -367,7 +358,7 @@ class PartOfTheBatch(Whole):
         return super().training_step([part[share] for part in batch], batch_idx)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path):
     teacher = PartOfTheBatch()
     teacher.net[3] = nn.Linear(16, 4)

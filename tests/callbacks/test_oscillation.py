@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lq
 from lq.callbacks import OscillationControl, QuantizationAwareTraining
 from lq.oscillation import annealed, dampening_loss
-from tests.lit import trainer
+from tests.lit import Crash, trainer
 from tests.test_oscillation import ByHand
 
 LEARNED = {"format": "int3", "range": "lsq"}
@@ -189,15 +189,6 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(slow_scales(self), lr=0.1)
-
-
-class Crash(L.Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
-            raise KeyboardInterrupt
 
 
 def qat_fit(

@@ -24,10 +24,10 @@ from lq.callbacks import Export, QuantizationAwareTraining
 from lq.models import digits_cnn
 from lq.restore import load_model
 from lq.surgery import is_calibrated, quantized_layers, quantizers
-from tests.lit import LitSmall, Losses, every_range, loader, norm, trainer, with_ranges
+from lq.tensor_spec import RANGES
+from tests.lit import LitSmall, Losses, loader, norm, qat, trainer, with_ranges
 
 ROOT = Path(__file__).parents[2]
-KINDS = ["frozen", "moving_average", "lsq", "pact"]
 OURS = "callbacks/test_quantization_aware_training.py"
 HERE = "callbacks/test_qat_life_cycle.py"
 TOGETHER = "callbacks/test_qat_together.py"
@@ -72,12 +72,6 @@ def test_every_report_has_its_tests(tests):
         file, name = test.split("::")
         tree = ast.parse((ROOT / "tests" / file).read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def qat(recipe=None, **kwargs):
-    return QuantizationAwareTraining(
-        recipe or every_range(), **{"calibration_batches": 2, **kwargs}
-    )
 
 
 class Normed(LitSmall):
@@ -168,7 +162,7 @@ def test_a_float_checkpoint_starts_as_weights(tmp_path, float_checkpoint):
     torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RANGES)
 def test_a_float_fit_goes_on_quantized_unless_scales_are_learned(tmp_path, kind, float_checkpoint):
     module, losses = Normed(), Losses()
     fit = trainer(tmp_path, [qat(with_ranges(kind)), losses], max_epochs=3)
@@ -431,7 +425,7 @@ def test_validation_moves_no_range(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes become constants
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RANGES)
 def test_traced_programs_quantize(kind):
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(5, 6)
     lq.calibrate(lq.quantize(model, with_ranges(kind)), [x], progress=False)

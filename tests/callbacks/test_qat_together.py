@@ -21,28 +21,22 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lq
-from lq.callbacks import QuantizationAwareTraining
 from lq.collector import RangeCollector
 from lq.models import digits_cnn
 from lq.surgery import quantized_layers, quantizers
+from lq.tensor_spec import RANGES
 from tests.lit import (
     LitAutoEncoder,
     LitSmall,
     Losses,
     every_range,
     loader,
+    needs_gloo,
     norm,
+    qat,
     trainer,
     with_ranges,
 )
-
-KINDS = ["frozen", "moving_average", "lsq", "pact"]
-
-
-def qat(recipe=None, **kwargs):
-    return QuantizationAwareTraining(
-        recipe or every_range(), **{"calibration_batches": 2, **kwargs}
-    )
 
 
 class UsedTwice(LitAutoEncoder):
@@ -118,7 +112,7 @@ def assert_equal(state, expected):
             id="16-mixed-with-scaler",
         ),
         pytest.param(Frozen, {}, {}, id="frozen-layer"),
-        *(pytest.param(UsedTwice, {}, {"recipe": k}, id=f"used-twice-{k}") for k in KINDS),
+        *(pytest.param(UsedTwice, {}, {"recipe": k}, id=f"used-twice-{k}") for k in RANGES),
     ],
 )
 def test_a_fit_is_the_plain_loop(tmp_path, make, lightning, hand):
@@ -256,6 +250,20 @@ def test_the_average_is_validated_with_its_ranges(tmp_path):
     while_training = run.callback_metrics["val_loss"]
     (afterwards,) = run.validate(module, loader(), verbose=False)
     assert afterwards["val_loss"] == while_training
+
+
+def test_the_average_has_the_ranges_of_weights_that_begin_before_inputs(tmp_path):
+    """Meanwhile the average is validated with its weights quantized, its inputs not yet."""
+    losses = []
+
+    class Watch(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(trainer.callback_metrics["val_loss"].item())
+
+    callbacks = [qat(start_epoch=1, inputs_start_epoch=2), EMAWeightAveraging(decay=0.9), Watch()]
+    trainer(tmp_path, callbacks, max_epochs=3).fit(LitSmall(), loader(), loader())
+    assert len(losses) == 4
+    assert all(0 < loss < 1 for loss in losses)
 
 
 @pytest.mark.parametrize("start_epoch", [0, 2], ids=["calibrated-first", "calibrated-late"])
@@ -495,7 +503,7 @@ class SaveRank(Losses):
         torch.save({"losses": torch.tensor(self.seen), "state": state}, path)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_ranks_are_one_with_the_joint_batch(tmp_path):
     two = DDPStrategy(start_method="spawn", find_unused_parameters=True)
     for options in ({"strategy": two, "devices": 2}, {"devices": 1}):

@@ -1,6 +1,7 @@
 """QAT of a module that knows nothing of it, through its whole life."""
 
 import copy
+import itertools
 
 import lightning as L
 import pytest
@@ -18,7 +19,16 @@ import lq
 from lq.callbacks import QuantizationAwareTraining
 from lq.collector import RangeCollector
 from lq.surgery import quantized_layers, quantizers
-from tests.lit import LitAutoEncoder, LitWithEvaluation, autoencoder, loader, trainer
+from tests.lit import (
+    LitAutoEncoder,
+    LitSmall,
+    LitWithEvaluation,
+    autoencoder,
+    loader,
+    norm,
+    trainer,
+    with_ranges,
+)
 
 
 class Modes(L.Callback):
@@ -232,23 +242,40 @@ def test_pruning_in_both_orders(tmp_path, ours_first):
         assert (quantized[layer.weight == 0] == 0).all()
 
 
-def test_batchnorm_freezes(tmp_path):
-    class WithNorm(LitAutoEncoder):
-        def __init__(self):
-            super().__init__(
-                nn.Sequential(nn.Linear(784, 16), nn.BatchNorm1d(16)), nn.Linear(16, 784)
-            )
+class WatchNorm(L.Callback):
+    """Notes the running mean of the first BatchNorm before training, and after every epoch."""
 
-    seen = []
+    def __init__(self):
+        self.seen = []
 
-    class Watch(L.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            seen.append(pl_module.encoder[1].running_mean.clone())
+    def note(self, trainer, pl_module):
+        self.seen.append(pl_module.encoder[1].running_mean.clone())
 
-    callbacks = [QuantizationAwareTraining(freeze_batchnorm_epoch=1), Watch()]
-    trainer(tmp_path, callbacks, max_epochs=3).fit(WithNorm(), loader())
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[1], seen[2])
+    on_fit_start = on_train_epoch_end = note
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("validates", [True, False], ids=["validates", "trains"])
+def test_batchnorm_freezes(tmp_path, epoch, validates):
+    """From the epoch on, also behind a sanity check and validation in the middle of it."""
+    watch, module = WatchNorm(), LitSmall(norm)
+    callbacks = [QuantizationAwareTraining(freeze_batchnorm_epoch=epoch), watch]
+    run = trainer(tmp_path, callbacks, max_epochs=3, val_check_interval=0.5 if validates else 1.0)
+    run.fit(module, loader(), loader() if validates else None)
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(watch.seen)]
+    assert moved == [at < epoch for at in range(3)]
+    assert module.encoder[1].training, "a second fit begins with norms that move"
+
+
+def test_a_second_fit_moves_what_the_first_has_frozen(tmp_path):
+    module, scales = LitSmall(), []
+    for freeze in (1, None):
+        callback = QuantizationAwareTraining(
+            with_ranges("lsq"), calibration_batches=2, freeze_scales_epoch=freeze
+        )
+        trainer(tmp_path, [callback]).fit(module, loader())
+        scales.append(module.encoder[0].input_quantizer.scale.detach().clone())
+    assert not torch.equal(*scales)
 
 
 def test_learned_scales_train_until_frozen(tmp_path):
