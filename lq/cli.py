@@ -182,7 +182,8 @@ class Trainer(L.Trainer):
         """Search the best mix of formats under limits, verify it by measuring, and write the plan.
 
         The plan is searched for the float model; the module's recipe says what additions get. It
-        stands wherever a recipe does: --model.recipe=plan.yaml.
+        stands wherever a recipe does: --model.recipe=plan.yaml. A search whose sweep was killed
+        goes on from the journal beside it.
 
         Args:
             model: The module to search for.
@@ -199,10 +200,10 @@ class Trainer(L.Trainer):
         samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
         if not samples:
             raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
-        recipe = model.recipe or Recipe()
+        recipe, journal = model.recipe or Recipe(), Path(plan).with_suffix(".jsonl")
         net = dequantize(model.model).eval()
         found = (
-            sweep(net, samples, formats, metric=metric, recipe=recipe)
+            sweep(net, samples, formats, metric=metric, recipe=recipe, journal=journal)
             if sensitivity is None
             else Sensitivity.from_json(sensitivity)
         )
@@ -217,6 +218,7 @@ class Trainer(L.Trainer):
         verified = verified_search(net, found, constraints, samples, held_out, costs, recipe)
         print(verified)
         verified.plan.to_yaml(plan, recipe)
+        journal.unlink(missing_ok=True)
         print(f"Plan: {plan}")
 
     def _prepared(
