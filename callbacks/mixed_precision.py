@@ -137,7 +137,8 @@ class MixedPrecision(L.Callback):
             data: Any = getattr(trainer, "datamodule", None)
             with torch.enable_grad():
                 tuner.fit(module, datamodule=data)
-            data.trainer = trainer
+            if data is not None:
+                data.trainer = trainer
             return target
 
         return finetune

@@ -15,7 +15,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lq
 from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
-from lq.callbacks.sensitivity_sweep import save, shuffled
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.costs import count_costs
@@ -29,6 +28,7 @@ from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_sear
 from lq.module import QuantModule
 from lq.sensitivity import Sensitivity, sweep
 from lq.sensitivity.run import FirstBatches
+from lq.sensitivity.validation import shuffled
 from lq.spec import Recipe
 from lq.surgery import dequantize, quantized_layers
 
@@ -163,7 +163,7 @@ class Trainer(L.Trainer):
             calibrator=calibrator,
             journal=Path(path).with_suffix(".jsonl"),
         )
-        save(found, Path(path))
+        found.save(path)
         print(f"{found.table()}\nSensitivity: {path}")
 
     def search(

@@ -110,9 +110,9 @@ class PrecisionConstraints:
                 "Expected at least one limit, but got none; give one, such as max_size_mb=8."
             )
         for name in self.limited:
-            if name != "max_accuracy_drop" and not getattr(self, name) > 0:
+            if name != "max_accuracy_drop" and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"Expected `{name}` to be above 0, but got {getattr(self, name)!r}."
+                    f"Expected `{name}` to be above 0 and finite, but got {getattr(self, name)!r}."
                 )
         object.__setattr__(self, "pinned", dict(self.pinned))
         if self.formats is not None:
