@@ -111,7 +111,7 @@ def accuracy_guard(
         constraints: The limits.
         finetune: Trains a quantized, calibrated model in place, or returns another one; without
             it the ladder ends before.
-        recipe: What post-training quantization does, and what mixed precision gives additions.
+        recipe: What post-training quantization does, and which additions are quantized.
         formats: Formats for mixed precision, besides fp32.
         calibrator: How ranges are found.
         sensitivity: What a sweep found already.
