@@ -34,7 +34,8 @@ class MixedPrecision(L.Callback):
     `finetune_epochs` are given, training. Calibration batches are those of the Calibration
     callback; accuracy is measured on the validation data, by the target's ``forward``. The module
     then goes on quantized, the plan is written, and a module that is quantized and calibrated
-    already is left as it is.
+    already is left as it is. Until then a journal lies beside the plan, from which a sweep that was
+    killed goes on.
 
     Args:
         constraints: The limits.
@@ -72,6 +73,7 @@ class MixedPrecision(L.Callback):
         self.recipe, self.module, self.batches = Recipe.parse(recipe), module, batches
         self.calibrator, self.finetune_epochs = calibrator, finetune_epochs
         self.sensitivity, self.checkpoint = sensitivity, checkpoint
+        self._journal = self.plan.with_suffix(".jsonl")
         self.report: GuardReport | None = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,6 +94,7 @@ class MixedPrecision(L.Callback):
         if not self.report.kept:
             log.warning("No rung keeps to the limits; the module goes on with the best of them.")
         self.report.plan.to_yaml(self.plan, self.recipe)
+        self._journal.unlink(missing_ok=True)
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
 
@@ -109,6 +112,7 @@ class MixedPrecision(L.Callback):
             self.formats,
             self.calibrator,
             found,
+            journal=self._journal,
         )
 
     def _finetuning(
@@ -133,7 +137,8 @@ class MixedPrecision(L.Callback):
             data: Any = getattr(trainer, "datamodule", None)
             with torch.enable_grad():
                 tuner.fit(module, datamodule=data)
-            data.trainer = trainer
+            if data is not None:
+                data.trainer = trainer
             return target
 
         return finetune

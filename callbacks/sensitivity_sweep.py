@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.target import target_module
 from lq.files import check_file_path
 from lq.sensitivity import METRICS, Sensitivity, sweep
 from lq.sensitivity.run import FirstBatches
+from lq.sensitivity.validation import shuffled
 from lq.spec import Recipe
 from lq.surgery import quantizers
 
@@ -95,38 +94,9 @@ class SensitivitySweep(L.Callback):
             **self.arguments,
         )
         if trainer.is_global_zero:
-            save(self.result, self.path)
+            self.result.save(self.path)
             log_scores(self.result, trainer)
         rank_zero_info("%s\nSensitivity: %s", self.result.table(), self.path)
-
-
-def shuffled(loader: Any, batches: int | None) -> DataLoader[Any]:
-    """Return a loader of all ranks' data in a fixed random order, of so many batches.
-
-    Raises:
-        ValueError: If the data are not one set whose samples can be taken in any order.
-    """
-    dataset = loader.dataset if isinstance(loader, DataLoader) else None
-    if dataset is None or isinstance(dataset, IterableDataset) or not loader.batch_size:
-        raise ValueError(
-            "Expected one DataLoader of validation data with a `batch_size` and samples by number, "
-            f"but got {type(loader).__name__}; call lq.sweep with batches of your own."
-        )
-    size = len(dataset)  # type: ignore[arg-type]
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
-    count = len(order) if batches is None else batches * loader.batch_size
-    return DataLoader(
-        Subset(dataset, order[:count]),
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-    )
-
-
-def save(found: Sensitivity, path: Path) -> None:
-    """Write a sweep as JSON, and as CSV beside it."""
-    found.to_json(path)
-    found.to_csv(path.with_suffix(".csv"))
 
 
 def log_scores(found: Sensitivity, trainer: L.Trainer) -> None:

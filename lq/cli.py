@@ -15,7 +15,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import lq
 from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
-from lq.callbacks.sensitivity_sweep import save, shuffled
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
 from lq.costs import count_costs
@@ -29,6 +28,7 @@ from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_sear
 from lq.module import QuantModule
 from lq.sensitivity import Sensitivity, sweep
 from lq.sensitivity.run import FirstBatches
+from lq.sensitivity.validation import shuffled
 from lq.spec import Recipe
 from lq.surgery import dequantize, quantized_layers
 
@@ -163,7 +163,7 @@ class Trainer(L.Trainer):
             calibrator=calibrator,
             journal=Path(path).with_suffix(".jsonl"),
         )
-        save(found, Path(path))
+        found.save(path)
         print(f"{found.table()}\nSensitivity: {path}")
 
     def search(
@@ -182,7 +182,8 @@ class Trainer(L.Trainer):
         """Search the best mix of formats under limits, verify it by measuring, and write the plan.
 
         The plan is searched for the float model; the module's recipe says what additions get. It
-        stands wherever a recipe does: --model.recipe=plan.yaml.
+        stands wherever a recipe does: --model.recipe=plan.yaml. A search whose sweep was killed
+        goes on from the journal beside it.
 
         Args:
             model: The module to search for.
@@ -199,10 +200,10 @@ class Trainer(L.Trainer):
         samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
         if not samples:
             raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
-        recipe = model.recipe or Recipe()
+        recipe, journal = model.recipe or Recipe(), Path(plan).with_suffix(".jsonl")
         net = dequantize(model.model).eval()
         found = (
-            sweep(net, samples, formats, metric=metric, recipe=recipe)
+            sweep(net, samples, formats, metric=metric, recipe=recipe, journal=journal)
             if sensitivity is None
             else Sensitivity.from_json(sensitivity)
         )
@@ -217,6 +218,7 @@ class Trainer(L.Trainer):
         verified = verified_search(net, found, constraints, samples, held_out, costs, recipe)
         print(verified)
         verified.plan.to_yaml(plan, recipe)
+        journal.unlink(missing_ok=True)
         print(f"Plan: {plan}")
 
     def _prepared(

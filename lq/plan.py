@@ -91,7 +91,8 @@ class PrecisionPlan(Mapping[str, str]):
 
         Args:
             path: The file.
-            base: What additions, pooling, and layers not in the plan get; kept in the file.
+            base: What layers not in the plan get, and which additions and pooling are quantized;
+                kept in the file.
         """
         default = Recipe().to_dict()
         rest = {k: v for k, v in Recipe.parse(base).to_dict().items() if v != default[k]}

@@ -117,6 +117,7 @@ def test_search_writes_a_plan_that_is_a_recipe(capsys):
     cli.main([*search, "--plan=out/plan.yaml"])
     printed = capsys.readouterr().out
     assert "Predicted, for limits on the size:" in printed
+    assert not Path("out/plan.jsonl").exists()  # which a killed sweep goes on from
     assert "; measured drop " in printed
     plan = PrecisionPlan.from_yaml("out/plan.yaml")
     assert "int4" in plan.values()

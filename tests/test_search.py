@@ -239,6 +239,7 @@ def test_limits_that_contradict_each_other() -> None:
         pytest.param({"max_accuracy_drop": 1.5}, "point is 0.01", id="percent"),
         pytest.param({"max_accuracy_drop": -0.1}, "fraction from 0", id="negative"),
         pytest.param({"max_size_mb": 0}, "`max_size_mb` to be above 0", id="no size"),
+        pytest.param({"max_size_mb": math.inf}, "finite, but got inf", id="infinite"),
         pytest.param({"max_size_mb": float("nan")}, "`max_size_mb` to be above 0", id="nan"),
         pytest.param({"max_size_mb": 1, "formats": ["int9"]}, "'int9'", id="format"),
         pytest.param({"max_size_mb": 1, "formats": ["int3"]}, "which no engine runs", id="int3"),

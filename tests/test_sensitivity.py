@@ -19,6 +19,7 @@ from lq.sensitivity import LayerSensitivity, Measures, Sensitivity
 from lq.sensitivity.adaptive import still_open
 from lq.sensitivity.comparing import compare, describe, measures
 from lq.sensitivity.gradient import fisher_vector
+from lq.sensitivity.states import States
 
 
 class Twice(nn.Module):
@@ -515,6 +516,23 @@ def test_a_module_that_cannot_be_recorded_leaves_the_model_as_it_was():
     with pytest.raises(TypeError, match="no subclass"):
         lq.sweep(model, [torch.randn(4, 8)], progress=False)
     assert [type(m) for m in model] == [nn.Linear, Odd, nn.Linear]
+
+
+def test_an_interrupted_change_leaves_the_model_as_it_was(monkeypatch):
+    changed, before = [], str(digits_cnn().eval())
+    change = States._set
+
+    def interrupted(self, name, module, slots):
+        change(self, name, module, slots)
+        changed.append(name)
+        if len(changed) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(States, "_set", interrupted)
+    model = model_of(digits_cnn)
+    with pytest.raises(KeyboardInterrupt):
+        lq.sweep(model, batches(channels=1, classes=10), progress=False)
+    assert str(model) == before
 
 
 def test_what_stays_open_is_told(caplog):

@@ -280,6 +280,34 @@ def test_the_ladder_to_its_end(digits) -> None:
     assert str(report).count("\n") == 3
 
 
+def test_what_keeps_to_the_costs_already_is_trained(digits) -> None:
+    """A size that no format of the search has, but the recipe."""
+    model, training, calibration, held_out = digits
+    costs = count_costs(model, calibration[0])
+    size = 1.001 * costs.total("size_mb", dict.fromkeys(costs.layers, "int2"))
+    given = []
+
+    def finetune(net: nn.Module) -> None:
+        given.append(PrecisionPlan.of(net))
+        torch.manual_seed(0)
+        train(net, training, 1, 1e-3)
+
+    report = accuracy_guard(
+        model,
+        calibration,
+        held_out,
+        PrecisionConstraints(max_accuracy_drop=0.004, max_size_mb=size),
+        finetune,
+        lq.Recipe.from_dict({"weights": "int2", "inputs": "int2", "residual": None}),
+        formats=("int8",),
+        calibrator="max",
+        progress=False,
+    )
+    assert given == [PrecisionPlan(dict.fromkeys(costs.layers, "int2"))]
+    assert report.rungs[2].drop is None
+    assert report.rungs[3].drop.mean < report.rungs[1].drop.mean
+
+
 def test_the_nearest_plan_that_was_measured_is_not_lost(digits) -> None:
     model, _, calibration, held_out = digits
     costs = count_costs(model, calibration[0])

@@ -43,7 +43,8 @@ class Bench:
         model: The float model; it stays as it is.
         batches: Calibration batches.
         held_out: (input, target) pairs to measure on.
-        recipe: What additions, pooling, and layers that a plan does not name get.
+        recipe: What layers that a plan does not name get, and which additions and pooling are
+            quantized.
         prepare: What is done to each quantized model, if not ``calibrate(model, batches)``.
     """
 

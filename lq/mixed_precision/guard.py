@@ -96,6 +96,7 @@ def accuracy_guard(
     sensitivity: Sensitivity | None = None,
     costs: Costs | None = None,
     progress: bool = True,
+    journal: str | Path | None = None,
 ) -> GuardReport:
     """Quantize a model with the least effort that keeps to the limits.
 
@@ -110,12 +111,13 @@ def accuracy_guard(
         constraints: The limits.
         finetune: Trains a quantized, calibrated model in place, or returns another one; without
             it the ladder ends before.
-        recipe: What post-training quantization does, and what mixed precision gives additions.
+        recipe: What post-training quantization does, and which additions are quantized.
         formats: Formats for mixed precision, besides fp32.
         calibrator: How ranges are found.
         sensitivity: What a sweep found already.
         costs: What layers cost, as for ``verified_search``.
         progress: Show progress bars.
+        journal: File that keeps what the sweep measured, as for ``lq.sweep``.
 
     Raises:
         ValueError: If `held_out` has too few samples to show so small a drop.
@@ -138,7 +140,7 @@ def accuracy_guard(
     rungs: dict[str, Callable[[], nn.Module]] = {
         "ptq": ladder.calibrated,
         "repair": ladder.repaired,
-        "mixed precision": lambda: ladder.mixed(tuple(formats), sensitivity),
+        "mixed precision": lambda: ladder.mixed(tuple(formats), sensitivity, journal),
     }
     if finetune is not None:
         rungs["qat"] = lambda: ladder.trained(finetune)
@@ -199,7 +201,9 @@ class _Ladder:
         self.repairs = self._repair(model, METHODS)
         return model
 
-    def mixed(self, formats: tuple[str, ...], found: Sensitivity | None) -> nn.Module:
+    def mixed(
+        self, formats: tuple[str, ...], found: Sensitivity | None, journal: str | Path | None
+    ) -> nn.Module:
         """Return the model with the best plan that keeps to the limits, measured."""
         self.sensitivity = found or sweep(
             self.model,
@@ -207,6 +211,7 @@ class _Ladder:
             formats,
             metric="kl",
             recipe=self.recipe,
+            journal=journal,
             progress=self.progress,
         )
         return verified_search(
@@ -221,14 +226,35 @@ class _Ladder:
         ).model
 
     def trained(self, finetune: FinetuneFunction) -> nn.Module:
-        """Return a trained model, with the plan that the cost limits leave, if there are any."""
+        """Return a trained model, with the plan that the cost limits leave, if there are any.
+
+        Where no plan of the formats keeps to them, but an earlier rung does, with what it left.
+        """
+        model: nn.Module | None
         free = [name for name in self.constraints.limited if name != "max_accuracy_drop"]
         if free and self.sensitivity is not None:
             within = dataclasses.replace(self.constraints, max_accuracy_drop=None)
-            model = self.bench.prepared(search(self.sensitivity, within, self.costs))
+            try:
+                model = self.bench.prepared(search(self.sensitivity, within, self.costs))
+            except UnreachableError:
+                model = self._within_costs()
+                if model is None:
+                    raise
         else:
             model = self.calibrated()
         return finetune(model) or model
+
+    def _within_costs(self) -> nn.Module | None:
+        """Return a copy of the best model so far that keeps to all limits but the drop's."""
+        limits = [limit for limit in self.limits if limit.quantity != "drop"]
+        found = [
+            (rung, model)
+            for rung, model in self.climbed
+            if model is not None and rung.plan is not None
+            if keeps_to(limits, self._values(rung.plan, model))
+        ]
+        best = min(found, key=lambda pair: _upper(pair[0]), default=None)
+        return None if best is None else copy.deepcopy(best[1])
 
     def report(self) -> GuardReport:
         """Return the last rung that was measured if it is enough, else the best of all."""
@@ -254,14 +280,18 @@ class _Ladder:
 
     def _measured(self, name: str, model: nn.Module) -> Rung:
         plan, drop = PrecisionPlan.of(model), self.bench.drop(model)
-        values = {"drop": drop.high, "size_mb": self.costs.total("size_mb", plan)}
-        values["bitops"] = self.costs.total("bitops", plan)
-        if any(limit.quantity == "latency_ms" for limit in self.limits):
-            values["latency_ms"] = self.bench.latency(model, self.costs.engine) or 0.0
+        values = {"drop": drop.high, **self._values(plan, model)}
         before = [rung.drop.mean for rung, _ in self.climbed if rung.drop is not None]
         gain = before[-1] - drop.mean if before else None
         kept = keeps_to(self.limits, values) and self.constraints.allows(plan)
         return Rung(name, plan, drop, values["size_mb"], gain, kept=kept)
+
+    def _values(self, plan: PrecisionPlan, model: nn.Module) -> dict[str, float]:
+        """Return what a model costs."""
+        values = {name: self.costs.total(name, plan) for name in ("size_mb", "bitops")}
+        if any(limit.quantity == "latency_ms" for limit in self.limits):
+            values["latency_ms"] = self.bench.latency(model, self.costs.engine) or 0.0
+        return values
 
 
 def _upper(rung: Rung) -> float:

@@ -66,7 +66,7 @@ def verified_search(
         held_out: (input, target) pairs to measure on, others than those of the sweep.
         costs: What layers cost; counted, and where a latency is limited timed, on the first of
             `batches`, if not given.
-        recipe: What additions, pooling, and layers that were not swept get.
+        recipe: What layers that were not swept get, and which additions and pooling are quantized.
         prepare: What is done to each quantized model, if not ``calibrate(model, batches)``.
         minimize: As for ``search``.
 

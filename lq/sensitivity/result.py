@@ -176,6 +176,11 @@ class Sensitivity:
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, and a CSV file beside it."""
+        self.to_json(path)
+        self.to_csv(Path(path).with_suffix(".csv"))
+
     @classmethod
     def from_json(cls, path: str | Path) -> Sensitivity:
         """Return the sensitivities in a file that ``to_json`` wrote.

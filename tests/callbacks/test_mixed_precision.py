@@ -13,6 +13,7 @@ from lq.mixed_precision import Drop, PrecisionConstraints, UnreachableError
 from lq.mixed_precision.measured import paired_drop, rightness
 from lq.models import digits_cnn
 from lq.plan import PrecisionPlan
+from lq.sensitivity.journal import Journal
 from tests.lit import trainer
 
 
@@ -118,6 +119,31 @@ def test_the_last_rung_is_a_fit_of_a_copy(trained, tmp_path, monkeypatch) -> Non
     assert not torch.equal(trained_weights, trained["net.0.weight"])
     assert callback.report.kept
     assert drop_of(module, trained) == callback.report.rungs[-1].drop
+
+
+def test_a_sweep_that_was_killed_goes_on(trained, tmp_path, monkeypatch) -> None:
+    limits = PrecisionConstraints(max_accuracy_drop=0.03, min_compression=4)
+    arguments = {"formats": ("int8", "int4"), "module": "net", "calibrator": "max", "batches": 2}
+    plan, whole = tmp_path / "plan.yaml", tmp_path / "whole.yaml"
+    add, added = Journal.add, []
+
+    def counted(journal, *found):
+        add(journal, *found)
+        added.append(found[:2])
+        if len(added) == 7:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(Journal, "add", counted)
+    callback = MixedPrecision(limits, str(plan), **arguments)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(tmp_path, [callback]).validate(module_of(trained), datamodule=data())
+    assert plan.with_suffix(".jsonl").is_file()
+    trainer(tmp_path, [callback]).validate(module_of(trained), datamodule=data(), verbose=False)
+    assert len(added) == len(set(added))
+    assert not plan.with_suffix(".jsonl").exists()
+    again = MixedPrecision(limits, str(whole), **arguments)
+    trainer(tmp_path, [again]).validate(module_of(trained), datamodule=data(), verbose=False)
+    assert PrecisionPlan.from_yaml(plan) == PrecisionPlan.from_yaml(whole)
 
 
 def test_without_a_name_a_quant_modules_model(trained, tmp_path) -> None:

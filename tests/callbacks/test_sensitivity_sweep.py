@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader
 
 import lq
 from lq.callbacks import Calibration, SensitivitySweep
-from lq.callbacks.sensitivity_sweep import shuffled
 from lq.data import DigitsDataModule
 from lq.sensitivity import Sensitivity
 from lq.sensitivity.run import FirstBatches
+from lq.sensitivity.validation import shuffled
 from tests.lit import LitWithEvaluation, autoencoder, loader, trainer
 
 
@@ -130,6 +130,9 @@ def test_wrong_data():
         def __iter__(self):
             yield torch.zeros(1)
 
-    for wrong in ([1, 2], DataLoader(Stream()), [DataLoader([1])]):
+    for wrong in ([1, 2], DataLoader(Stream()), [DataLoader([1])] * 2):
         with pytest.raises(ValueError, match="one DataLoader"):
             shuffled(wrong, 1)
+    with pytest.raises(ValueError, match="`batches` to be at least 1, but got -1"):
+        shuffled(DataLoader([1]), -1)
+    assert len(shuffled([DataLoader([1])], 1)) == 1
