@@ -273,6 +273,18 @@ def test_a_pin_on_a_part_of_a_unit() -> None:
         )
 
 
+@pytest.mark.parametrize("swept_layer", ["u0", "u1"])
+def test_a_weight_that_a_float_layer_shares_is_stored_twice(swept_layer: str) -> None:
+    layers = {"u0": LayerCost(4000, 16, 16, 1000), "u1": LayerCost(0, 16, 16, 1000, tied="u0")}
+    costs = Costs({**layers, "u2": LayerCost(1000, 16, 16, 1000)}, 0.001)
+    found = swept(3, units={swept_layer: (swept_layer,), "u2": ("u2",)})
+    for share in (0.9, 1.2, 2.0):
+        limits = PrecisionConstraints(max_size_mb=share * costs.total("size_mb", {}))
+        plan = search(found, limits, costs)
+        assert plan.predicted.size_mb == pytest.approx(costs.total("size_mb", plan))
+        assert costs.total("size_mb", plan) <= limits.max_size_mb
+
+
 def test_pins_of_layers_that_were_not_swept() -> None:
     found, costs = swept(2), costs_of(3)
     limits = PrecisionConstraints(max_size_mb=1, pinned={"u2": "fp32"})

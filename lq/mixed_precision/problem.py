@@ -90,12 +90,24 @@ def build_problem(
     for quantity in quantities if costs is not None else ():
         assert costs is not None
         values[quantity] = np.array(
-            [sum(costs.of(quantity, n, f) for n in sensitivity.units[units[i]]) for i, f in pairs]
+            [_unit_cost(costs, quantity, sensitivity.units[units[i]], f) for i, f in pairs]
         )
         fixed[quantity] = costs.rest(quantity) + sum(costs.of(quantity, n, "fp32") for n in unswept)
     return Problem(
         units, tuple(f for _, f in pairs), np.array([i for i, _ in pairs]), values, fixed
     )
+
+
+def _unit_cost(costs: Costs, quantity: str, layers: Sequence[str], format: str) -> float:
+    """Return what layers cost; of a size with the copy of a weight that a layer outside shares.
+
+    A layer outside that shares a weight stays float, since layers that are swept share a unit.
+    """
+    if quantity != "size_mb":
+        return sum(costs.of(quantity, name, format) for name in layers)
+    floats = sum(costs.of(quantity, name, "fp32") for name in layers)
+    more = costs.total(quantity, dict.fromkeys(layers, format)) - costs.total(quantity, {})
+    return floats + more
 
 
 def ties(problem: Problem, sensitivity: Sensitivity) -> Array:
