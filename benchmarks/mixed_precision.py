@@ -153,10 +153,9 @@ def modelopt_plan(bench: Bench, bits: float) -> tuple[dict[str, str], nn.Module]
         num_score_steps=len(bench.calibration),
     )
     modules = dict(model.named_modules())
-    plan = {
-        name: "int8" if modules[name].weight_quantizer.is_enabled else "fp16"
-        for name in bench.costs.layers
-    }
+    # It has no quantizers for classes that derive from torch's, such as timm's padded convolution.
+    found = {name: getattr(modules[name], "weight_quantizer", None) for name in bench.costs.layers}
+    plan = {name: "int8" if q is not None and q.is_enabled else "fp16" for name, q in found.items()}
     return plan, model
 
 

@@ -108,6 +108,18 @@ def test_tied_weights_in_two_formats_are_stored_twice() -> None:
     assert found.units == {"a": ("a", "b")}
 
 
+@pytest.mark.parametrize("skipped", [(), ("b",)])
+def test_predicted_sizes_are_the_counted_ones_where_weights_are_tied(skipped) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict((n, nn.Linear(64, 64)) for n in "abc"))
+    model.b.weight = model.a.weight
+    recipe = lq.Recipe(rules=tuple(lq.Rule(name=n, format="skip") for n in skipped))
+    found = lq.sweep(model, [torch.randn(8, 64)], ["int8", "int4"], recipe=recipe, progress=False)
+    assert ("a" in found.units) == (not skipped)
+    for plan in lq.pareto_front(found):
+        assert plan.predicted.size_mb == pytest.approx(found.costs.total("size_mb", plan))
+
+
 @pytest.mark.parametrize("format", ["int8", "int4", "fp16", "fp32"])
 def test_size_is_that_of_the_file_less_its_graph(format, tmp_path) -> None:
     torch.manual_seed(0)

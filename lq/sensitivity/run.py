@@ -74,7 +74,7 @@ def sweep(
             ``"sqnr"``. If not given, ``"top1"`` where batches have class numbers and the method
             measures, else ``"kl"``.
         recipe: What else is quantized where a layer is, such as residual additions; layers that
-            it skips are not swept.
+            it skips, and others with their weights, are not swept.
         units: ``"layers"``, ``"inputs"`` (layers that read one tensor), ``"blocks"``, or name ->
             globs on layer names.
         parts: Which of ``"both"``, ``"weights"`` and ``"inputs"`` of the layers to quantize.

@@ -15,6 +15,7 @@ from lq.collector import weight_candidates
 from lq.dataflow import Dataflow
 from lq.digest import DataDigest
 from lq.formats import FORMATS, layer_formats
+from lq.gemm import weight_of
 from lq.layers import QuantLayer, attach_quantizers, detach_quantizers
 from lq.placement import INPUT, place
 from lq.quantizer import Mode, Quantizer
@@ -88,11 +89,7 @@ class States:
         self.all_layers = found
         self.recipe = recipe = recipe.of_layers(list(found)) if found else recipe
         self.recipes = {format: in_format(recipe, format) for format in formats}
-        self.layers = {
-            name: layer
-            for name, layer in found.items()
-            if not next(iter(self.recipes.values())).layer_spec(name, layer).is_float
-        }
+        self.layers = _swept(found, next(iter(self.recipes.values())))
         self.now: State = FLOAT
         self.modules = self.dataflow.modules
         self._transformers = any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules())
@@ -200,6 +197,12 @@ class States:
                 attach(module, slot, quantizer)
         if tape is not None:
             record(module, tape)
+
+
+def _swept(layers: Mapping[str, nn.Module], recipe: Recipe) -> dict[str, nn.Module]:
+    """Return the layers that a recipe does not skip, nor another layer with the same weight."""
+    skipped = {id(weight_of(m)) for n, m in layers.items() if recipe.layer_spec(n, m).is_float}
+    return {name: layer for name, layer in layers.items() if id(weight_of(layer)) not in skipped}
 
 
 def _all_quantizers(model: nn.Module) -> dict[Site, Quantizer]:
