@@ -87,7 +87,7 @@ class EngineComparison(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was measured before."""
-        self.rows = {name: Evaluation(**row) for name, row in state_dict.items()}
+        self.rows = {name: Evaluation.from_dict(row) for name, row in state_dict.items()}
 
     def _export_float(self, target: nn.Module, path: Path, trainer: L.Trainer) -> None:
         path = path.with_stem(f"{path.stem}_float")
@@ -97,7 +97,7 @@ class EngineComparison(L.Callback):
 
     def _add(self, name: str, model: nn.Module | Path, trainer: L.Trainer) -> None:
         with torch.random.fork_rng(devices=[]):  # measuring must not change the training
-            row = evaluate(model, _batches(trainer))
+            row = evaluate(model, _batches(trainer), progress=False)
         self.rows[name] = row
         for logger in trainer.loggers:
             figures = {f"comparison/{name}/top1": row.top1, f"comparison/{name}/top5": row.top5}

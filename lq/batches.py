@@ -28,6 +28,15 @@ def check_batches(batches: Any) -> None:
         )
 
 
+def check_repeatable(batches: Iterable[Any], name: str) -> None:
+    """Raise a ``ValueError`` for batches that can be gone through only once."""
+    if iter(batches) is batches:
+        raise ValueError(
+            f"Expected `{name}` to be a list or a loader that can be gone through again, "
+            f"but got {type(batches).__name__}; pass list({name})."
+        )
+
+
 def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments with which a batch calls a model, on the model's device.
 

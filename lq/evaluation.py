@@ -1,25 +1,43 @@
-"""Accuracy, size and latency of a model, whatever it is stored as."""
+"""Accuracy, agreement, size, memory and latency of a model, whatever it is stored as."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torch import nn
+from tqdm.auto import tqdm
 
-from lq.batches import model_inputs
+from lq.batches import check_batches, check_repeatable, class_targets, model_inputs
 from lq.engines import Runner, open_engine
 from lq.engines.torch_runner import TorchRunner
+from lq.outcome import Outcome, OutcomeMeter
+from lq.paired import Drop
+from lq.peak_memory import peak_memory
+from lq.timing import Latency, check_sizes, of_size, time_runs
 
-WARM_UP, RUNS = 5, 30
 _CPU = nn.Module()
 """Stands for the model where there is none: inputs of files stay on the CPU."""
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A model beside the float one, on the same samples.
+
+    Attributes:
+        agreement: Share of samples for which both predict the same class, 0..1.
+        drop: Accuracy lost, with its 95% interval.
+        class_drops: Class -> accuracy lost on its samples.
+    """
+
+    agreement: float
+    drop: Drop
+    class_drops: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,13 @@ class Evaluation:
         latency_ms: Median time of a batch of one sample, in milliseconds.
         size_mb: Weights of a torch model, or the file, in 10^6 bytes.
         simulated: Whether the formats were simulated in float32: then the latency is not theirs.
+        loss: Mean cross-entropy, in nats.
+        calibration_error: Mean distance between confidence and accuracy, 0..1.
+        weights_mb: The weights alone, in 10^6 bytes; ``None`` where the engine does not tell.
+        peak_memory_mb: By how much opening and running grew the memory in use at most, in 10^6
+            bytes; ``None`` where the system does not tell.
+        latencies: Times for every batch size and number of threads that was asked for.
+        versus: The model beside the reference, if there was one.
     """
 
     engine: str
@@ -44,93 +69,147 @@ class Evaluation:
     latency_ms: float
     size_mb: float
     simulated: bool
+    loss: float = math.nan
+    calibration_error: float = math.nan
+    weights_mb: float | None = None
+    peak_memory_mb: float | None = None
+    latencies: tuple[Latency, ...] = ()
+    versus: Versus | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; ``from_dict`` gives it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation that ``to_dict`` wrote, also by way of JSON."""
+        latencies = tuple(Latency(**row) for row in values.get("latencies", ()))
+        versus = values.get("versus")
+        if versus is not None:
+            drops = {int(c): drop for c, drop in versus["class_drops"].items()}
+            versus = Versus(versus["agreement"], Drop(**versus["drop"]), drops)
+        return cls(**{**values, "latencies": latencies, "versus": versus})
 
 
 def evaluate(
-    model: nn.Module | str | Path | Runner, batches: Iterable[Any], engine: str | None = None
+    model: nn.Module | str | Path | Runner,
+    batches: Iterable[Any],
+    engine: str | None = None,
+    reference: nn.Module | str | Path | Runner | Outcome | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (0,),
+    progress: bool = True,
 ) -> Evaluation:
-    """Measure top-1, top-5, latency and size of a torch model, an ONNX file or an engine.
+    """Measure accuracy, latency, size and memory of a torch model, an ONNX file or an engine.
+
+    The time of fake-quant in torch is that of a simulation, and marked so.
 
     Args:
         model: A module, the path of an ``.onnx`` or ``.engine`` file, or an open runner.
-        batches: (input, target) pairs; targets are class numbers ``[N]``.
+        batches: (input, target) pairs, or mappings with labels; targets are class numbers ``[N]``.
         engine: What runs an ``.onnx`` file: ``"onnxruntime"``, unless said otherwise, or
             ``"openvino"``.
+        reference: The float model, to compare with: sample by sample, so `batches` must come in
+            the same order each time; or what ``outcome_of`` found of it.
+        batch_sizes: Sizes of the batches that are timed.
+        threads: Numbers of threads they are timed with; 0 is the engine's own choice.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: If `batches` is empty or has no targets, or an output is not finite.
+        ValueError: If `batches` is empty or has no targets, an output is not finite, or the
+            reference saw other samples.
 
     Example:
+        >>> import torch
         >>> batches = [(torch.eye(3), torch.tensor([0, 1, 1]))]
-        >>> result = evaluate(nn.Identity(), batches)
+        >>> result = evaluate(nn.Identity(), batches, progress=False)
         >>> round(result.top1, 3), result.top5, result.n
         (0.667, 1.0, 3)
     """
-    runner = open_engine(model, engine)
-    module = runner.model if isinstance(runner, TorchRunner) else _CPU
-    with runner.many_runs():
-        return _measured(runner, module, batches)
-
-
-def _measured(runner: Runner, module: nn.Module, batches: Iterable[Any]) -> Evaluation:
-    top1 = top5 = None
-    one: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    n = 0
-    for batch in batches:
-        target = _target(batch)
-        args, kwargs = model_inputs(module, batch)
-        logits = runner.run(*args, **kwargs)[0].float().cpu()
-        if not logits.isfinite().all():
-            raise ValueError(
-                f"Expected finite outputs, but the batch after {n} samples gives NaN or infinity; "
-                "look at its inputs."
-            )
-        if top1 is None or top5 is None:
-            classes = logits.shape[1]
-            top1 = MulticlassAccuracy(classes, average="micro")
-            top5 = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
-            one = tuple(_first(x) for x in args), {k: _first(x) for k, x in kwargs.items()}
-        top1.update(logits, target)
-        top5.update(logits, target)
-        n += len(target)
-    if top1 is None or top5 is None or one is None:
+    check_batches(batches)
+    check_sizes(batch_sizes, threads)
+    if reference is not None and not isinstance(reference, Outcome):
+        check_repeatable(batches, "batches")
+        reference = outcome_of(open_engine(reference), batches, progress)
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
         raise ValueError("Expected `batches` to hold at least one batch, but got none.")
+    with peak_memory() as peak:
+        runner = open_engine(model, engine)
+        one = _timed(runner, first, 1, 0)
+    asked = [(size, count) for count in threads for size in batch_sizes]
+    latencies = tuple(
+        one if pair == (1, 0) else _timed(open_engine(model, engine, pair[1]), first, *pair)
+        for pair in asked
+    )
+    outcome = outcome_of(runner, chain([first], rest), progress)
     return Evaluation(
         engine=runner.name,
-        top1=float(top1.compute()),
-        top5=float(top5.compute()),
-        n=n,
-        latency_ms=_latency_ms(runner, *one),
+        top1=outcome.top1,
+        top5=outcome.top5,
+        n=len(outcome.target),
+        latency_ms=one.p50_ms,
         size_mb=runner.size_mb,
         simulated=runner.simulates,
+        loss=outcome.loss,
+        calibration_error=outcome.calibration_error,
+        weights_mb=runner.weights_mb,
+        peak_memory_mb=peak.mb,
+        latencies=latencies,
+        versus=None if reference is None else _beside(outcome, reference),
     )
 
 
-def _target(batch: Any) -> Tensor:
-    if isinstance(batch, (list, tuple)) and len(batch) > 1 and isinstance(batch[-1], Tensor):
-        return batch[-1].cpu()
-    raise ValueError(
-        f"Expected `batches` of (input, target) pairs, but got {type(batch).__name__}."
+def outcome_of(runner: Runner, batches: Iterable[Any], progress: bool = True) -> Outcome:
+    """Return what a model says of samples whose class is known.
+
+    Args:
+        runner: The model, as ``lq.open_engine`` returns it.
+        batches: (input, target) pairs, or mappings with labels.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If a batch has no class numbers, or an output is not finite.
+    """
+    meter = OutcomeMeter()
+    shown = tqdm(batches, desc=f"Evaluate {runner.name}", leave=False, disable=not progress)
+    with runner.many_runs():
+        for batch in shown:
+            args, kwargs = model_inputs(_module(runner), batch)
+            logits = runner.run(*args, **kwargs)[0].float().cpu()
+            target = class_targets(batch, logits)
+            if target is None:
+                raise ValueError(
+                    "Expected `batches` of (input, target) pairs with class numbers, or of "
+                    f"mappings with labels, but got {type(batch).__name__}."
+                )
+            meter.add(logits, target)
+    return meter.result()
+
+
+def _beside(outcome: Outcome, reference: Outcome) -> Versus:
+    return Versus(
+        outcome.agreement(reference), outcome.drop(reference), outcome.class_drops(reference)
     )
 
 
-def _first(x: Any) -> Any:
-    return x[:1] if isinstance(x, Tensor) else x
+def _module(runner: Runner) -> nn.Module:
+    return runner.model if isinstance(runner, TorchRunner) else _CPU
 
 
-def _latency_ms(runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    times = []
-    for _ in range(WARM_UP + RUNS):
-        started = time.perf_counter()
-        runner.run(*args, **kwargs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[WARM_UP:]) * 1e3
+def _timed(runner: Runner, batch: Any, size: int, threads: int) -> Latency:
+    given, named = model_inputs(_module(runner), batch)
+    args = [of_size(x, size) for x in given]
+    kwargs = {name: of_size(x, size) for name, x in named.items()}
+    with runner.many_runs():
+        return time_runs(lambda: runner.run(*args, **kwargs), size, threads)
 
 
 def comparison_table(rows: Mapping[str, Evaluation]) -> str:
     """Return evaluations as a table of text; simulated integers have no latency to show.
+
+    With the drop to the float model, its 95% interval and the agreement, where one was compared.
 
     Example:
         >>> row = Evaluation("torch", 0.98, 1.0, 400, 1.2, 0.31, False)
@@ -139,6 +218,8 @@ def comparison_table(rows: Mapping[str, Evaluation]) -> str:
         float  torch   98.00%  100.00%     0.310         1.20
     """
     header = ["", "engine", "top-1", "top-5", "size MB", "batch-1 ms"]
+    beside = any(row.versus is not None for row in rows.values())
+    header += ["drop (95%)", "agreement"] if beside else []
     lines = [header] + [
         [
             name,
@@ -147,6 +228,7 @@ def comparison_table(rows: Mapping[str, Evaluation]) -> str:
             f"{row.top5:.2%}",
             f"{row.size_mb:.3f}",
             "simulated" if row.simulated else f"{row.latency_ms:.2f}",
+            *(_versus_cells(row.versus) if beside else ()),
         ]
         for name, row in rows.items()
     ]
@@ -158,3 +240,10 @@ def comparison_table(rows: Mapping[str, Evaluation]) -> str:
         )
         for line in lines
     )
+
+
+def _versus_cells(versus: Versus | None) -> tuple[str, str]:
+    if versus is None:
+        return "", ""
+    drop = versus.drop
+    return f"{drop.mean:+.2%} ({drop.low:+.2%} .. {drop.high:+.2%})", f"{versus.agreement:.2%}"

@@ -17,7 +17,10 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"},
+    {
+        *("attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"),
+        *("paired", "outcome", "timing", "peak_memory"),
+    },
     {"tensor_spec"},
     {"spec"},
     {"histogram", "observers", "calibrators", "quantizer"},

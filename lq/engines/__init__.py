@@ -12,19 +12,23 @@ from lq.engines.torch_runner import TorchRunner
 from lq.messages import suggest
 
 
-def open_engine(model: nn.Module | str | Path | Runner, engine: str | None = None) -> Runner:
+def open_engine(
+    model: nn.Module | str | Path | Runner, engine: str | None = None, threads: int = 0
+) -> Runner:
     """Return the runner of a torch model, an ``.onnx`` file or an ``.engine``.
 
-    The runners' own classes take what is particular to each, such as threads.
+    The runners' own classes take what is particular to each.
 
     Args:
         model: A module, the path of a file, or a runner, which is returned.
         engine: What runs an ``.onnx`` file: ``"onnxruntime"``, unless said otherwise, or
             ``"openvino"``.
+        threads: Threads of the processor; 0 is the engine's own choice.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: For another kind of file, or an engine that does not run it.
+        ValueError: For another kind of file, an engine that does not run it, or threads for what
+            is open already or runs on a GPU.
 
     Example:
         >>> open_engine(nn.Linear(2, 2)).name
@@ -36,13 +40,17 @@ def open_engine(model: nn.Module | str | Path | Runner, engine: str | None = Non
             f"{suggest(engine, ONNX_ENGINES)}"
         )
     if isinstance(model, (str, Path)) and Path(model).suffix == ".onnx":
-        return ONNX_ENGINES[engine or "onnxruntime"](model)
+        return ONNX_ENGINES[engine or "onnxruntime"](model, threads)
     if engine is not None:
         raise ValueError(f"Expected an .onnx file for engine {engine!r}, but got {model!r}.")
+    if isinstance(model, nn.Module):
+        return TorchRunner(model, threads)
+    if threads:
+        raise ValueError(
+            f"Expected `threads` to be 0 but for a torch model or an .onnx file, but got {threads}."
+        )
     if isinstance(model, Runner):
         return model
-    if isinstance(model, nn.Module):
-        return TorchRunner(model)
     if Path(model).suffix in (".engine", ".plan", ".trt"):
         from lq.engines.tensorrt_runner import TensorRTRunner
 
@@ -52,19 +60,19 @@ def open_engine(model: nn.Module | str | Path | Runner, engine: str | None = Non
     )
 
 
-def _onnxruntime(path: str | Path) -> Runner:
+def _onnxruntime(path: str | Path, threads: int) -> Runner:
     from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(path)
+    return OnnxRuntimeRunner(path, threads=threads)
 
 
-def _openvino(path: str | Path) -> Runner:
+def _openvino(path: str | Path, threads: int) -> Runner:
     from lq.engines.openvino_runner import OpenVINORunner
 
-    return OpenVINORunner(path)
+    return OpenVINORunner(path, threads=threads)
 
 
-ONNX_ENGINES: dict[str, Callable[[str | Path], Runner]] = {
+ONNX_ENGINES: dict[str, Callable[[str | Path, int], Runner]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }

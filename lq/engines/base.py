@@ -15,10 +15,12 @@ class Runner(ABC):
     Attributes:
         name: The engine, for tables: ``torch``, ``ONNX Runtime``, ``TensorRT``.
         size_mb: Size of the weights or the file, in 10^6 bytes.
+        weights_mb: Size of the weights alone; ``None`` where the engine does not tell.
     """
 
     name: str
     size_mb: float
+    weights_mb: float | None = None
     simulates = False
     """Whether formats are simulated in float32, so that speed says nothing about them."""
 

@@ -15,7 +15,7 @@ from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import cast_through, has_16_bit
 from lq.engines.kernels import encode_biases, encode_weights_unsigned
-from lq.export.graph import load_graph
+from lq.export.graph import load_graph, weights_mb
 from lq.export.grid import code_type
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class OnnxRuntimeRunner(Runner):
         threads: int = 0,
     ) -> None:
         model = load_graph(path)
-        self.size_mb = Path(path).stat().st_size / 1e6
+        self.size_mb, self.weights_mb = Path(path).stat().st_size / 1e6, weights_mb(model)
         self._open(model, Path(path), providers, _options(optimize, threads))
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from lq.engines import cpu
 from lq.engines.base import Runner, bind_inputs, check_shape
 from lq.engines.cast_through import has_16_bit
-from lq.export.graph import load_graph
+from lq.export.graph import load_graph, weights_mb
 from lq.messages import suggest
 
 INSTALL = "openvino is not installed; install it: pip install 'lq[openvino]'."
@@ -52,7 +52,7 @@ class OpenVINORunner(Runner):
         model = load_graph(path)
         _refuse_saturation(path, cpu.first_hazard(model))
         self.simulates = has_16_bit(model)  # computed in float32
-        self.size_mb = Path(path).stat().st_size / 1e6
+        self.size_mb, self.weights_mb = Path(path).stat().st_size / 1e6, weights_mb(model)
         self._compile(path, hint, threads, precision)
 
     def _compile(self, path: str | Path, hint: str, threads: int, precision: str) -> None:

@@ -30,6 +30,12 @@ def load_graph(path: str | Path) -> ir.Model:
         ) from None
 
 
+def weights_mb(model: ir.Model) -> float:
+    """Return the size of the constants that a graph has, in 10^6 bytes."""
+    held = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in held if tensor is not None) / 1e6
+
+
 def constant(value: ir.Value | None) -> np.ndarray | None:
     """Return what an initializer or constant holds, ``None`` for a computed value."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None

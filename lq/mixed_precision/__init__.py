@@ -3,9 +3,9 @@
 from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError
 from lq.mixed_precision.guard import GuardReport, Rung, accuracy_guard
 from lq.mixed_precision.loop import Trial
-from lq.mixed_precision.measured import Drop, paired_drop
 from lq.mixed_precision.searching import Prediction, SearchedPlan, pareto_front, search
 from lq.mixed_precision.verify import VerifiedPlan, verified_search
+from lq.paired import Drop, paired_drop
 
 __all__ = [
     "Drop",

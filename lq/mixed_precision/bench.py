@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from lq.batches import check_repeatable
 from lq.calibration import calibrate
 from lq.costs import Costs, count_costs
 from lq.mixed_precision.constraints import PrecisionConstraints
-from lq.mixed_precision.measured import Drop, paired_drop, rightness
-from lq.repairs.running import check_repeatable
+from lq.mixed_precision.measured import rightness
+from lq.paired import Drop, paired_drop
 from lq.spec import Recipe
 from lq.surgery import quantize, quantizers
 

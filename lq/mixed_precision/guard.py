@@ -18,9 +18,9 @@ from lq.calibration import calibrate
 from lq.costs import Costs
 from lq.mixed_precision.bench import Bench, find_costs
 from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError, keeps_to
-from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.searching import search
 from lq.mixed_precision.verify import verified_search
+from lq.paired import Drop
 from lq.plan import PrecisionPlan
 from lq.repairs import METHODS, repair
 from lq.sensitivity import Sensitivity, sweep

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from lq.costs import Costs
 from lq.mixed_precision.constraints import PrecisionConstraints, UnreachableError, keeps_to
-from lq.mixed_precision.measured import Drop
 from lq.mixed_precision.problem import build_problem
 from lq.mixed_precision.searching import SearchedPlan, solve, to_minimize
+from lq.paired import Drop
 from lq.sensitivity import Sensitivity
 
 TRIALS = 8

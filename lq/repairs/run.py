@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lq.batches import check_repeatable
 from lq.calibration import calibrate
 from lq.messages import suggest
 from lq.repairs.batchnorm import reestimate_batchnorm
@@ -16,7 +17,7 @@ from lq.repairs.blame import layer_sqnr
 from lq.repairs.equalization import equalize
 from lq.repairs.norms import live_norms
 from lq.repairs.report import Judge, RepairReport, RepairStep
-from lq.repairs.running import bypassed_copy, check_ready, check_repeatable
+from lq.repairs.running import bypassed_copy, check_ready
 
 log = logging.getLogger(__name__)
 METHODS = ("equalize", "batchnorm", "bias")

@@ -30,15 +30,6 @@ def check_ready(model: nn.Module) -> None:
         )
 
 
-def check_repeatable(batches: Iterable[Any], name: str) -> None:
-    """Raise a ``ValueError`` for batches that can be gone through only once."""
-    if iter(batches) is batches:
-        raise ValueError(
-            f"Expected `{name}` to be a list or a loader that can be gone through again, "
-            f"but got {type(batches).__name__}; pass list({name})."
-        )
-
-
 def bypassed_copy(model: ModuleT) -> ModuleT:
     """Return a copy of a quantized model that runs in float, layer names and all."""
     reference = copy.deepcopy(model)

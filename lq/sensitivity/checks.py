@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lq.batches import check_batches, class_targets, model_inputs
+from lq.batches import check_batches, check_repeatable, class_targets, model_inputs
 from lq.calibrators import parse_calibrators
 from lq.formats import layer_formats
 from lq.messages import suggest
-from lq.repairs.running import check_repeatable
 from lq.samples import first_samples
 from lq.sensitivity.exact import output_of
 from lq.sensitivity.measures import PARTS, check_metric

@@ -10,8 +10,9 @@ from lq.callbacks import Export, MixedPrecision
 from lq.checkpoint import load_from_checkpoint
 from lq.data import DigitsDataModule
 from lq.mixed_precision import Drop, PrecisionConstraints, UnreachableError
-from lq.mixed_precision.measured import paired_drop, rightness
+from lq.mixed_precision.measured import rightness
 from lq.models import digits_cnn
+from lq.paired import paired_drop
 from lq.plan import PrecisionPlan
 from lq.sensitivity.journal import Journal
 from tests.lit import trainer

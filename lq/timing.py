@@ -1,0 +1,96 @@
+"""How long a model takes for batches of some sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WARM_UP, RUNS, SECONDS = 5, 100, 3.0
+"""Runs that do not count; runs that do; and the seconds after which fewer are enough."""
+LEAST_RUNS = 20
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long batches of one size took.
+
+    Attributes:
+        batch_size: Samples in a batch.
+        threads: Threads that were asked for; 0 for the engine's own choice.
+        p50_ms: Median time of a batch, in milliseconds.
+        p90_ms: The time that 9 batches of 10 stay within.
+        p99_ms: The time that 99 batches of 100 stay within.
+        runs: Batches timed.
+    """
+
+    batch_size: int
+    threads: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+
+    @property
+    def throughput(self) -> float:
+        """Samples a second, one batch after the other."""
+        return self.batch_size / self.p50_ms * 1e3
+
+
+def time_runs(run: Callable[[], Any], batch_size: int = 1, threads: int = 0) -> Latency:
+    """Call a function again and again, and return how long that took.
+
+    After 5 calls to warm up, 100 are timed, or after three seconds as many as there were, but at
+    least 20. On a GPU a call ends when its work is done.
+
+    Args:
+        run: What is timed.
+        batch_size: How many samples it is for.
+        threads: How many threads it has; for the record.
+
+    Example:
+        >>> found = time_runs(lambda: time.sleep(0.001))
+        >>> found.runs, found.p50_ms >= 1
+        (100, True)
+    """
+    for _ in range(WARM_UP):
+        run()
+    _wait()
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or (len(times) < RUNS and sum(times) < SECONDS):
+        started = time.perf_counter()
+        run()
+        _wait()
+        times.append(time.perf_counter() - started)
+    p50, p90, p99 = (float(x) * 1e3 for x in np.percentile(times, [50, 90, 99]))
+    return Latency(batch_size, threads, p50, p90, p99, len(times))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def of_size(x: Any, size: int) -> Any:
+    """Return a tensor with as many samples as asked for, repeated where it has fewer.
+
+    Example:
+        >>> of_size(torch.tensor([1, 2]), 3)
+        tensor([1, 2, 1])
+    """
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    return x[torch.arange(size, device=x.device) % len(x)]
+
+
+def check_sizes(batch_sizes: Iterable[int], threads: Iterable[int]) -> None:
+    """Raise a ``ValueError`` unless sizes are at least 1, and threads at least 0."""
+    for name, values, least in (("batch_sizes", batch_sizes, 1), ("threads", threads, 0)):
+        for value in values:
+            if value < least:
+                raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
