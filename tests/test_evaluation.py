@@ -42,7 +42,9 @@ def test_equals_sklearn(classes) -> None:
     assert result.top1 == pytest.approx(top_k_accuracy_score(y, logits, k=1, labels=labels))
     top5 = 1.0 if classes <= 5 else top_k_accuracy_score(y, logits, k=5, labels=labels)
     assert result.top5 == pytest.approx(top5)
-    assert result.loss == pytest.approx(log_loss(y, logits.double().softmax(1), labels=labels), rel=1e-5)
+    assert result.loss == pytest.approx(
+        log_loss(y, logits.double().softmax(1), labels=labels), rel=1e-5
+    )
     assert result.n == 51
     assert result.size_mb == sum(p.numel() for p in model.parameters()) * 4 / 1e6
     assert result.weights_mb == result.size_mb
