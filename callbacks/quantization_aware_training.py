@@ -46,7 +46,7 @@ class QuantizationAwareTraining(L.Callback):
         save_memory: Let the backward pass quantize again instead of saving quantized copies.
 
     Raises:
-        ValueError: If there is nothing to quantize, training is over before all has begun, or the
+        ValueError: If there is nothing to quantize, training is over before it all is, or the
             trainer's other settings exclude it.
         RuntimeError: If an averaging callback comes first: it would copy the float model.
 

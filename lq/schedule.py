@@ -101,6 +101,8 @@ class Schedule:
     def check_reached(self, epochs: int | None, steps: int | None) -> None:
         """Raise a ``ValueError`` if training is over before everything has begun.
 
+        But for what freezes: without that, the same model is trained for shorter.
+
         Args:
             epochs: Epochs of training, ``None`` if not limited.
             steps: Optimizer steps of training, ``None`` if not limited.
@@ -109,8 +111,6 @@ class Schedule:
             ("start_epoch", self.start_epoch),
             ("inputs_start_epoch", self.inputs_start_epoch or 0),
             ("progressive_bits", max(self.bits, default=0)),
-            ("freeze_scales_epoch", self.freeze_scales_epoch or 0),
-            ("freeze_batchnorm_epoch", self.freeze_batchnorm_epoch or 0),
         )
         begin_steps = (
             ("start_step", self.start_step),
