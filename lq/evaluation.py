@@ -76,6 +76,13 @@ class Evaluation:
     latencies: tuple[Latency, ...] = ()
     versus: Versus | None = None
 
+    def __str__(self) -> str:
+        time = "time simulated" if self.simulated else f"{self.latency_ms:.2f} ms for one sample"
+        parts = [f"top-1 {self.top1:.2%}", f"top-5 {self.top5:.2%}", f"loss {self.loss:.4f}"]
+        if self.versus is not None:
+            parts += [str(self.versus.drop), f"agreement {self.versus.agreement:.2%}"]
+        return f"{self.engine}: {', '.join(parts)}, {self.n} samples; {time}, {self.size_mb:.3f} MB"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; ``from_dict`` gives it back."""
         return dataclasses.asdict(self)

@@ -124,6 +124,20 @@ def test_file_and_model_agree(tmp_path) -> None:
     assert "+0.00%" in comparison_table({"QAT": beside, "file": in_file})
 
 
+def test_in_a_line() -> None:
+    told = Evaluation("torch", 0.98, 1.0, 400, 1.234, 0.31, False, loss=0.05)
+    assert str(told) == (
+        "torch: top-1 98.00%, top-5 100.00%, loss 0.0500, 400 samples; "
+        "1.23 ms for one sample, 0.310 MB"
+    )
+    batches = data(4)
+    model = lq.calibrate(lq.quantize(nn.Linear(6, 4), {"weights": "int8"}), batches, progress=False)
+    beside = str(lq.evaluate(model, batches, reference=nn.Linear(6, 4), progress=False))
+    assert "drop" in beside
+    assert "agreement" in beside
+    assert "time simulated" in beside
+
+
 def test_times_by_batch_size_and_threads(tmp_path) -> None:
     model, batches = nn.Linear(6, 4), data(4)
     lq.export_onnx(model, batches[0], tmp_path / "m.onnx")
