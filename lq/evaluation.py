@@ -50,7 +50,8 @@ class Evaluation:
         top5: Share of samples whose target is among the five largest outputs, or among all where
             there are fewer classes.
         n: Samples.
-        latency_ms: Median time of a batch of one sample, in milliseconds.
+        latency_ms: Median time of a batch, in milliseconds: of one sample, unless other sizes were
+            asked for; the first of `latencies`.
         size_mb: Weights of a torch model, or the file, in 10^6 bytes.
         simulated: Whether the formats were simulated in float32: then the latency is not theirs.
         loss: Mean cross-entropy, in nats.
@@ -118,7 +119,7 @@ def evaluate(
             ``"openvino"``.
         reference: The float model, to compare with: sample by sample, so `batches` must come in
             the same order each time; or what ``outcome_of`` found of it.
-        batch_sizes: Sizes of the batches that are timed.
+        batch_sizes: Sizes of the batches that are timed; of a file for one size only, that size.
         threads: Numbers of threads they are timed with; 0 is the engine's own choice.
         progress: Show a progress bar.
 
@@ -142,28 +143,26 @@ def evaluate(
     first = next(rest, None)
     if first is None:
         raise ValueError("Expected `batches` to hold at least one batch, but got none.")
-    with peak_memory() as peak:
-        runner = open_engine(model, engine)
-        one = _timed(runner, first, 1, 0)
     asked = [(size, count) for count in threads for size in batch_sizes]
-    latencies = tuple(
-        one if pair == (1, 0) else _timed(open_engine(model, engine, pair[1]), first, *pair)
-        for pair in asked
-    )
+    with peak_memory() as peak:
+        runner = open_engine(model, engine, threads[0])
+        latencies = [_timed(runner, first, *asked[0])]
+    for size, count in asked[1:]:
+        latencies.append(_timed(open_engine(model, engine, count), first, size, count))
     outcome = outcome_of(runner, chain([first], rest), progress)
     return Evaluation(
         engine=runner.name,
         top1=outcome.top1,
         top5=outcome.top5,
         n=len(outcome.target),
-        latency_ms=one.p50_ms,
+        latency_ms=latencies[0].p50_ms,
         size_mb=runner.size_mb,
         simulated=runner.simulates,
         loss=outcome.loss,
         calibration_error=outcome.calibration_error,
         weights_mb=runner.weights_mb,
         peak_memory_mb=peak.mb,
-        latencies=latencies,
+        latencies=tuple(latencies),
         versus=None if reference is None else _beside(outcome, reference),
     )
 

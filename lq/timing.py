@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,11 @@ def of_size(x: Any, size: int) -> Any:
     return x[torch.arange(size, device=x.device) % len(x)]
 
 
-def check_sizes(batch_sizes: Iterable[int], threads: Iterable[int]) -> None:
-    """Raise a ``ValueError`` unless sizes are at least 1, and threads at least 0."""
+def check_sizes(batch_sizes: Sequence[int], threads: Sequence[int]) -> None:
+    """Raise a ``ValueError`` unless there are sizes of at least 1, and threads of at least 0."""
     for name, values, least in (("batch_sizes", batch_sizes, 1), ("threads", threads, 0)):
+        if not values:
+            raise ValueError(f"Expected `{name}` to hold at least one number, but got none.")
         for value in values:
             if value < least:
                 raise ValueError(f"Expected `{name}` to be at least {least}, but got {value}.")
