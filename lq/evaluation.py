@@ -49,7 +49,7 @@ class Evaluation:
         top1: Share of samples whose largest output is the target, 0..1.
         top5: Share of samples whose target is among the five largest outputs, or among all where
             there are fewer classes.
-        n: Samples.
+        n: Samples; of a dense output its places.
         latency_ms: Median time of a batch, in milliseconds: of one sample, unless other sizes were
             asked for; the first of `latencies`.
         size_mb: Weights of a torch model, or the file, in 10^6 bytes.

@@ -179,7 +179,9 @@ def _codes_in_range(
         low, high = (bound * scale.item() for bound in _bounds(qmin - zero, qmax - zero))
         return x, low, high
     codes = x / along_axis(scale, axis, x.dim())
-    return codes if zero_point is None else codes + zero_point, *_bounds(qmin, qmax)
+    # Rounded first: which way a tie goes is decided before the zero-point is added.
+    codes = codes if zero_point is None else codes.round() + zero_point
+    return codes, *_bounds(qmin, qmax)
 
 
 def _inside(values: Tensor, x: Tensor, low: float, high: float) -> Tensor:
@@ -207,7 +209,7 @@ def _scale_gradient(
         axis: Channel axis; ``None`` per tensor.
     """
     # The difference first: it is small, and two sums of large products would cancel.
-    return _dot(grad, torch.sub(y, inside, out=inside), axis) / scale
+    return _dot(grad, inside.sub_(y), axis) / -scale
 
 
 def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:

@@ -74,9 +74,10 @@ def measure_latency(
 
     The whole model is exported in one format after the other and run by the engine's profiler: by
     TensorRT where there is a GPU with it, else by ONNX Runtime on the CPU. Times are medians for
-    one sample. What a format adds to the time of no layer, as additions and conversions, is shared
-    out over the layers. Changing formats between layers costs more, which is seen only when a plan
-    as a whole is measured. What an engine cannot run is left out, with a log message.
+    one sample, scaled so that they add up to that of a run without the profiler. What a format adds
+    to the time of no layer, as additions and conversions, is shared out over the layers. Changing
+    formats between layers costs more, which is seen only when a plan as a whole is measured. What
+    an engine cannot run is left out, with a log message.
 
     Args:
         model: The float model, or a quantized one.
@@ -132,7 +133,9 @@ def _layer_times(
     graph = _graph(model, batch, engine)
     owners = node_owners(graph.graph)
     try:
-        found = _profile(graph, *model_inputs(model, first_samples(batch, 1)), engine)
+        args, kwargs = model_inputs(model, first_samples(batch, 1))
+        found = _profile(graph, args, kwargs, engine)
+        scale = _run_time(graph, args, kwargs, engine) / sum(found.values())
     except Exception as error:  # engines fail in their own ways on what they do not have
         if format == "fp32":
             raise
@@ -140,7 +143,7 @@ def _layer_times(
         return None
     times: Times = defaultdict(float)
     for name, taken in found.items():
-        times[owners.get(name) or owner_by_name(name, plan) or ""] += taken
+        times[owners.get(name) or owner_by_name(name, plan) or ""] += taken * scale
     unnamed = sorted(plan.keys() - times.keys())
     if unnamed:
         log.warning("The profile of %s has no time of %s: it counts as none.", format, unnamed)
@@ -163,8 +166,12 @@ def file_latency(model: nn.Module, batch: Any, engine: str) -> float:
         batch: One batch, whose first sample is run.
         engine: ``tensorrt`` or ``onnxruntime``.
     """
-    graph = _graph(model, batch, engine)
     args, kwargs = model_inputs(model, first_samples(batch, 1))
+    return _run_time(_graph(model, batch, engine), args, kwargs, engine)
+
+
+def _run_time(graph: ir.Model, args: Any, kwargs: Any, engine: str) -> float:
+    """Return the median milliseconds of a run."""
     with tempfile.TemporaryDirectory() as folder:
         runner: Runner
         if engine == "onnxruntime":

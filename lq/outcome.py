@@ -88,7 +88,9 @@ class OutcomeMeter:
         self._metrics: MetricCollection | None = None
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Take note of a batch of outputs ``[N, classes]`` and class numbers ``[N]``.
+        """Take note of a batch of outputs ``[N, classes, ...]`` and class numbers ``[N, ...]``.
+
+        Places of a dense output, such as a segmentation's pixels, count one by one.
 
         Raises:
             ValueError: If an output is not finite.
@@ -99,9 +101,11 @@ class OutcomeMeter:
                 f"Expected finite outputs, but the batch after {seen} samples gives NaN or "
                 "infinity; look at its inputs."
             )
+        logits, target = logits.movedim(1, -1).flatten(0, -2), target.flatten()
         if self._metrics is None:
-            self._metrics = _metrics(logits.shape[1])
+            self._metrics, self._calibration = _metrics(logits.shape[1])
         self._metrics.update(logits, target)
+        self._calibration.update(logits.softmax(1), target)  # takes what is in 0..1 as it is
         self.loss += float(F.cross_entropy(logits.double(), target.long(), reduction="sum"))
         self.predicted.append(logits.argmax(1))
         self.targets.append(target.long())
@@ -116,14 +120,21 @@ class OutcomeMeter:
             raise ValueError("Expected `batches` to hold at least one batch, but got none.")
         found = {name: float(value) for name, value in self._metrics.compute().items()}
         target = torch.cat(self.targets)
-        return Outcome(torch.cat(self.predicted), target, loss=self.loss / len(target), **found)
+        return Outcome(
+            predicted=torch.cat(self.predicted),
+            target=target,
+            top1=found["top1"],
+            top5=found["top5"],
+            loss=self.loss / len(target),
+            calibration_error=float(self._calibration.compute()),
+        )
 
 
-def _metrics(classes: int) -> MetricCollection:
-    return MetricCollection(
+def _metrics(classes: int) -> tuple[MetricCollection, MulticlassCalibrationError]:
+    accuracies = MetricCollection(
         {
             "top1": MulticlassAccuracy(classes, average="micro"),
             "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
-            "calibration_error": MulticlassCalibrationError(classes, BINS),
         }
     )
+    return accuracies, MulticlassCalibrationError(classes, BINS)

@@ -31,8 +31,7 @@ def peak_memory() -> Iterator[PeakMemory]:
         >>> peak.mb is None or peak.mb > 100
         True
     """
-    found, before = PeakMemory(), _status("VmRSS")
-    _forget_peak()
+    found, before = PeakMemory(), _status("VmRSS") if _forget_peak() else None
     cuda = torch.cuda.is_available()
     on_gpu = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
@@ -44,9 +43,13 @@ def peak_memory() -> Iterator[PeakMemory]:
         found.mb = (after - before + taken) / 1e6
 
 
-def _forget_peak() -> None:
-    if (_PROCESS / "clear_refs").exists():
-        (_PROCESS / "clear_refs").write_text("5")  # proc(5): sets VmHWM back
+def _forget_peak() -> bool:
+    """Set VmHWM back, see proc(5), and return whether the system lets us."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _status(name: str) -> int | None:

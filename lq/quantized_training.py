@@ -79,7 +79,8 @@ class QuantizedTraining:
         if epoch != self._epoch:
             self._epoch = epoch
             set_bits(self.model, self.schedule.bits_at(epoch))
-            freeze_scales(self.model, self.schedule.freezes_scales(epoch))
+            if self.schedule.freezes_scales(epoch):
+                freeze_scales(self.model)
         if self.schedule.freezes_batchnorm(epoch):  # each batch, as ``model.train()`` undoes it
             self._frozen_norms |= freeze_batchnorm(self.model)
         return None if self._collector is not None else self._begin_quantizing(epoch, step)
@@ -114,8 +115,6 @@ class QuantizedTraining:
         """Make do with fewer batches than asked for, where training was shorter."""
         ranges = self._finish() if self._collector is not None and self._batches else None
         self.abort()
-        # Whatever has no range by now refuses to run, rather than running in float unnoticed.
-        set_mode(self.model, Mode.QUANTIZE)
         return ranges
 
     def abort(self) -> None:
@@ -124,9 +123,12 @@ class QuantizedTraining:
             self._collector.abort()
             self._collector = None
         set_bits(self.model, None)
-        freeze_scales(self.model, frozen=False)
+        if self.schedule.freezes_scales(self._epoch):
+            freeze_scales(self.model, frozen=False)
         for norm in self._frozen_norms:
             norm.train(self.model.training)
+        # Whatever has no range by now refuses to run, rather than running in float unnoticed.
+        set_mode(self.model, Mode.QUANTIZE)
 
     def _begin_quantizing(self, epoch: int, step: int) -> Ranges | None:
         schedule, weights, ranges = self.schedule, self._weights, None

@@ -238,11 +238,13 @@ class Quantizer(nn.Module):
 
     def as_now(self) -> Callable[[Tensor], Tensor]:
         """Return a function that quantizes as this does now, whatever becomes of the range."""
-        if self.scale is None:
-            dtype = self.compute_dtype
+        dtype = self.compute_dtype
+        if self.scale is None or self.mode is not Mode.QUANTIZE:
             return lambda x: x if dtype is None else round_to_dtype(x, dtype)
         spec, offset = self.grid, None if self.offset is None else self.offset.detach().clone()
-        scale = self.grid_scale.clone()
+        # One that learns requires a gradient, which decides between kernels.
+        learns = spec.learns_range and not self.is_frozen
+        scale = self.grid_scale.clone().requires_grad_(learns)
         return lambda x: fake_quantize(x, scale, spec.qmin, spec.qmax, spec.axis, offset)
 
     def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:

@@ -68,6 +68,33 @@ def test_calibration_error_is_numpys() -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_calibration_error_of_outputs_that_look_like_probabilities() -> None:
+    """And of any split into batches: outputs are logits, whatever their range."""
+    logits, y = torch.rand(200, 10), torch.randint(10, (200,))
+    logits[0, 0] = 1.5
+    whole, split = (
+        lq.evaluate(
+            nn.Identity(), list(zip(logits.split(n), y.split(n), strict=True)), progress=False
+        )
+        for n in (200, 100)
+    )
+    shifted = lq.evaluate(nn.Identity(), [(logits - 5, y)], progress=False)
+    assert whole.calibration_error == pytest.approx(split.calibration_error, rel=1e-4)
+    assert whole.calibration_error == pytest.approx(shifted.calibration_error, rel=1e-3)
+
+
+def test_places_of_dense_outputs_count_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 1)
+    batches = [(torch.randn(2, 3, 8, 8), torch.randint(0, 4, (2, 8, 8))) for _ in range(3)]
+    result = lq.evaluate(model, batches, reference=nn.Conv2d(3, 4, 1), progress=False)
+    x, y = joined(batches)
+    logits = model(x).detach()
+    assert result.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
+    assert result.top1 == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    assert result.n == y.numel() == result.versus.drop.n
+
+
 def test_beside_the_float_model() -> None:
     torch.manual_seed(0)
     batches = data(4, batches=20)
@@ -189,6 +216,11 @@ def test_memory_is_what_running_takes() -> None:
 
     hungry = lq.evaluate(Hungry(), data(4), progress=False)
     assert 190 < hungry.peak_memory_mb < 500
+
+
+def test_memory_where_the_system_does_not_tell(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("lq.peak_memory._PROCESS", tmp_path / "none")
+    assert lq.evaluate(nn.Linear(6, 4), data(4), progress=False).peak_memory_mb is None
 
 
 def test_as_plain_values() -> None:

@@ -200,6 +200,30 @@ def test_scale_gradient_of_a_large_tensor_does_not_cancel() -> None:
     torch.testing.assert_close(scale.grad.double(), exact, rtol=0, atol=2.0)
 
 
+def test_gradients_of_a_learned_scale_can_be_differentiated() -> None:
+    """As a penalty on the gradient does."""
+    x, scale = torch.randn(8, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        fake_quantize(x, scale, -8, 7).square().sum(), x, create_graph=True
+    )
+    grad.square().sum().backward()
+    assert x.grad is not None
+    assert scale.grad is not None
+
+
+def test_ties_beside_an_odd_zero_point_go_one_way_compiled_and_not() -> None:
+    x = torch.tensor([14.5, 13.5, -1.5, 3.2])
+    found = []
+    for compiled in (False, True):
+        leaf, scale = x.clone().requires_grad_(), torch.tensor(1.0, requires_grad=True)
+        offset = torch.tensor(-1.0, requires_grad=True)
+        function = torch.compile(fake_quantize, backend="aot_eager") if compiled else fake_quantize
+        function(leaf, scale, 0, 15, None, offset).sum().backward()
+        found.append((leaf.grad, scale.grad, offset.grad))
+    torch.testing.assert_close(*found)
+    assert found[0][0].tolist() == [1, 1, 0, 1]
+
+
 def straight_through(x: Tensor, scale: Tensor) -> Tensor:
     """Float8 fake quantization as autograd sees it when rounding is the identity."""
     code = x / scale

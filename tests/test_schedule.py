@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lq
+from lq.qat import freeze_scales
 from lq.quantized_training import QuantizedTraining
 from lq.quantizer import Mode
 from lq.schedule import Schedule
@@ -107,6 +108,24 @@ def test_an_abort_leaves_nothing_of_the_training_behind() -> None:
     assert layer.input_quantizer.grid is layer.input_quantizer.spec
     assert not layer.input_quantizer.is_frozen
     assert norm.training
+
+
+def test_an_abort_before_calibration_leaves_a_model_that_refuses_to_run() -> None:
+    training = QuantizedTraining(network(), "max", 5)
+    modes_over(training, epochs=1, batches=2)
+    training.abort()
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        training.model(torch.randn(8, 8))
+
+
+def test_scales_that_the_user_froze_stay_frozen() -> None:
+    model = network({"inputs": {"format": "int8", "range": "moving_average"}})
+    lq.calibrate(model, [torch.randn(8, 8)], progress=False)
+    training = QuantizedTraining(model, "max", 1)
+    freeze_scales(model)
+    modes_over(training, epochs=2, batches=2)
+    training.end()
+    assert model[0].input_quantizer.is_frozen
 
 
 def test_bits_for_now_are_not_exported(tmp_path) -> None:

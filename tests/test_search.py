@@ -305,6 +305,17 @@ def test_pins_of_units_are_those_of_their_layers() -> None:
     ]  # fmt: skip
 
 
+def test_the_last_pin_wins_over_units_and_layers() -> None:
+    found = swept(2, units={"u0": ("a", "b"), "u1": ("c",)})
+    for pinned, expected in (
+        ({"u0": "fp16", "[ab]": "int8"}, "int8"),
+        ({"[ab]": "int8", "u0": "fp16"}, "fp16"),
+    ):
+        limits = PrecisionConstraints(max_accuracy_drop=0.9, pinned=pinned)
+        problem = build_problem(found, limits, None)
+        assert problem.formats[0] == expected
+
+
 def test_a_drop_that_a_sweep_cannot_tell(caplog) -> None:
     found = swept(2, metric="kl")
     search(found, PrecisionConstraints(max_accuracy_drop=0.5), costs_of(2))

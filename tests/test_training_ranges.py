@@ -313,6 +313,20 @@ def test_saving_memory_makes_again_what_was_used(make, recipe) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_saving_memory_before_calibration() -> None:
+    """Weights that pass as they are meet inputs that are rounded to 16 bits."""
+    model = lq.quantize(nn.Sequential(nn.Linear(16, 16)), {"weights": "int8", "inputs": "fp16"})
+    model[0].weight_quantizer.mode = lq.Mode.BYPASS
+    gradients = []
+    for saving in (False, True):
+        save_memory(model, saving)
+        x = torch.linspace(-1, 1, 32).view(2, 16).requires_grad_()
+        model.train()(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].isfinite().all()
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("kind", RANGES)
 def test_saving_memory_changes_no_gradient(kind: str) -> None:
     torch.manual_seed(0)

@@ -212,6 +212,44 @@ def test_latency_is_measured_and_learnt_from(digits, swept, monkeypatch) -> None
         )
 
 
+def test_a_latency_that_one_plan_breaks_is_not_every_plans(digits, swept, monkeypatch) -> None:
+    """The fastest plan by prediction is slow as a whole, and others are not."""
+    model, _, calibration, held_out = digits
+    times = {"fp32": 4.0, "int8": 1.0, "int4": 9.0}
+    costs = dataclasses.replace(
+        swept.costs, latency=dict.fromkeys(swept.costs.layers, times), engine="onnxruntime"
+    )
+
+    def measured(net: nn.Module, sample: object, engine: str) -> float:
+        formats = list(PrecisionPlan.of(net).values())
+        return 20.0 if set(formats) == {"int8"} else sum(times[f] for f in formats)
+
+    monkeypatch.setattr("lq.latency.file_latency", measured)
+    limits = PrecisionConstraints(max_latency_ms=6.5, formats=["int8", "fp32"])
+    found = verified_search(
+        model, swept, limits, calibration, held_out, costs, NO_RESIDUAL, minimize="latency_ms"
+    )
+    assert found.trials[0].latency_ms == 20.0
+    assert sorted(found.plan.values()) == ["fp32", "int8", "int8"]
+
+
+def test_a_latency_that_nothing_measures_is_the_predicted_one(digits) -> None:
+    model, _, calibration, held_out = digits
+    counted = count_costs(model, calibration[0])
+    times = {name: {"fp32": 4.0, "int8": 2.0, "fp16": 3.0} for name in counted.layers}
+    costs = dataclasses.replace(counted, latency=times)
+    limits = PrecisionConstraints(max_latency_ms=5.9)
+    report = accuracy_guard(
+        model, calibration, held_out, limits, calibrator="max", costs=costs, progress=False
+    )
+    assert not report.kept
+
+
+def test_outputs_that_overflow_are_right_nowhere() -> None:
+    batches = [(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.long))]
+    assert not rightness(nn.Identity(), batches).any()
+
+
 def test_intervals_of_paired_drops() -> None:
     """The interval of Agresti and Min, and that it holds the truth about as often as it says."""
     rng = np.random.default_rng(0)

@@ -96,7 +96,10 @@ class SearchLoop:
         except UnreachableError:
             if not self.trials:
                 raise
-            return None
+            if not self.more_ms:
+                return None
+            self.more_ms = 0.0  # what one plan took beyond its prediction another may not
+            return self.next_plan()
         cheaper = kept is None or self._minimized(plan) < self._minimized(kept.plan)
         return plan if cheaper else None
 

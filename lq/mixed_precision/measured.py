@@ -30,7 +30,8 @@ def rightness(model: nn.Module, batches: Iterable[Any]) -> Tensor:
                     "Expected `held_out` to be (input, target) pairs with class numbers, or "
                     f"mappings with labels, but got {type(batch).__name__}."
                 )
-            found.append((output.argmax(1) == target).cpu())
+            # What overflowed to NaN is right nowhere.
+            found.append(((output.argmax(1) == target) & output.isfinite().all(1)).cpu())
     if not found:
         raise ValueError("Expected `held_out` to hold at least one batch, but got none.")
     return torch.cat(found)

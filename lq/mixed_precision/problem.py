@@ -76,6 +76,7 @@ def build_problem(
     unswept = [name for name in (costs.layers if costs is not None else ()) if name not in swept]
     constraints.check_pins([*sensitivity.units, *swept, *unswept])
     _check_unswept(constraints, unswept)
+    constraints = constraints.by_layer(sensitivity.units)
     pairs = [
         (index, format)
         for index, unit in enumerate(sensitivity.units)
@@ -182,10 +183,7 @@ def _bits(format: str) -> int:
 
 
 def _pin(sensitivity: Sensitivity, constraints: PrecisionConstraints, unit: str) -> str | None:
-    whole = constraints.pin(unit)
-    pins = (
-        {constraints.pin(layer) for layer in sensitivity.units[unit]} if whole is None else {whole}
-    )
+    pins = {constraints.pin(layer) for layer in sensitivity.units[unit]}
     if len(pins) > 1:
         raise ValueError(
             f"Expected one pinned format for all layers of unit {unit!r}, but got "
