@@ -22,7 +22,6 @@ from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
-from lq.latency import measure_latency
 from lq.messages import one_line
 from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_search
 from lq.module import QuantModule
@@ -209,6 +208,8 @@ class Trainer(L.Trainer):
         )
         costs = found.costs or count_costs(net, samples[0])
         if constraints.is_timed:
+            from lq.latency import measure_latency  # which imports every engine
+
             costs = measure_latency(net, samples[0], found.formats, latency_cache, recipe, costs)
         print("Predicted, for limits on the size:")
         for point in pareto_front(found, costs):

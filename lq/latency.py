@@ -8,9 +8,7 @@ import hashlib
 import json
 import logging
 import platform
-import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from lq.calibration import calibrate
 from lq.costs import Costs, count_costs
 from lq.engines.base import Runner
 from lq.engines.onnxruntime_runner import OnnxRuntimeRunner
-from lq.engines.profile import RUNS, WARM_UP, profile_onnxruntime, profile_tensorrt
+from lq.engines.profile import profile_onnxruntime, profile_tensorrt
 from lq.export.engine import build_engine, find_builder
 from lq.export.onnxruntime_encoding import ENCODINGS
 from lq.export.owners import node_owners, owner_by_name
@@ -37,6 +35,7 @@ from lq.plan import PrecisionPlan
 from lq.samples import first_samples
 from lq.spec import Recipe
 from lq.surgery import dequantize, quantize, quantizers
+from lq.timing import time_runs
 
 log = logging.getLogger(__name__)
 Times = dict[str, float]
@@ -180,12 +179,7 @@ def _run_time(graph: ir.Model, args: Any, kwargs: Any, engine: str) -> float:
             from lq.engines.tensorrt_runner import TensorRTRunner
 
             runner = TensorRTRunner(_built(graph, Path(folder)))
-        times = []
-        for _ in range(WARM_UP + RUNS):
-            started = time.perf_counter()
-            runner.run(*args, **kwargs)
-            times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[WARM_UP:])
+        return time_runs(lambda: runner.run(*args, **kwargs)).p50_ms
 
 
 def _graph(model: nn.Module, batch: Any, engine: str) -> ir.Model:

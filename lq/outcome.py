@@ -85,7 +85,7 @@ class OutcomeMeter:
         self.predicted: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.loss = 0.0
-        self._metrics: MetricCollection | None = None
+        self._metrics: tuple[MetricCollection, MulticlassCalibrationError] | None = None
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Take note of a batch of outputs ``[N, classes, ...]`` and class numbers ``[N, ...]``.
@@ -103,9 +103,10 @@ class OutcomeMeter:
             )
         logits, target = logits.movedim(1, -1).flatten(0, -2), target.flatten()
         if self._metrics is None:
-            self._metrics, self._calibration = _metrics(logits.shape[1])
-        self._metrics.update(logits, target)
-        self._calibration.update(logits.softmax(1), target)  # takes what is in 0..1 as it is
+            self._metrics = _metrics(logits.shape[1])
+        accuracies, calibration = self._metrics
+        accuracies.update(logits, target)
+        calibration.update(logits.softmax(1), target)  # takes what is in 0..1 as it is
         self.loss += float(F.cross_entropy(logits.double(), target.long(), reduction="sum"))
         self.predicted.append(logits.argmax(1))
         self.targets.append(target.long())
@@ -118,7 +119,8 @@ class OutcomeMeter:
         """
         if self._metrics is None:
             raise ValueError("Expected `batches` to hold at least one batch, but got none.")
-        found = {name: float(value) for name, value in self._metrics.compute().items()}
+        accuracies, calibration = self._metrics
+        found = {name: float(value) for name, value in accuracies.compute().items()}
         target = torch.cat(self.targets)
         return Outcome(
             predicted=torch.cat(self.predicted),
@@ -126,7 +128,7 @@ class OutcomeMeter:
             top1=found["top1"],
             top5=found["top5"],
             loss=self.loss / len(target),
-            calibration_error=float(self._calibration.compute()),
+            calibration_error=float(calibration.compute()),
         )
 
 

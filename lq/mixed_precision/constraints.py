@@ -45,6 +45,10 @@ class Limit:
     quantity: str
     bound: float
 
+    def allows(self, value: float) -> bool:
+        """Return whether a quantity is within the limit, to rounding."""
+        return value <= self.bound * (1 + 1e-9)
+
     def nearest(self, least: float) -> float:
         """Return the least reachable quantity in the terms of the argument, in four digits that do.
 
@@ -63,7 +67,7 @@ class Limit:
 
 def keeps_to(limits: Iterable[Limit], values: Mapping[str, float]) -> bool:
     """Return whether quantities are within all limits."""
-    return all(values[limit.quantity] <= limit.bound * (1 + 1e-9) for limit in limits)
+    return all(limit.allows(values[limit.quantity]) for limit in limits)
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def check_reachable(problem: Problem, limits: Sequence[Limit]) -> None:
         for others in ([], limits[:index])[: index + 1]:
             best = solve_exactly(problem, problem.values[limit.quantity], others)
             least = problem.total(limit.quantity, best) if best is not None else np.inf
-            if least > limit.bound * (1 + 1e-9):
+            if not limit.allows(least):
                 beside = ", ".join(f"{other.name}={other.given:g}" for other in others)
                 raise UnreachableError(
                     f"Expected `{limit.name}` to be reachable{' beside ' * bool(beside)}{beside}, "
