@@ -73,8 +73,8 @@ def parity(
     most 1e-4 of the elements (1e-2 behind 16-bit layers), those aside that torch rounds within a
     thousandth of a step of the edge between two codes, and the SQNR of every layer's output must be
     at least 60 dB, 30 where layers are 16-bit. **End to end**, the largest output must be the same
-    on all confident samples, and the SQNR at least 15 dB. ONNX Runtime's own rewrites are off; ``report.optimized`` measures the session with them, whose limits are the
-    same top-1 and 10 dB.
+    on all confident samples, and the SQNR at least 15 dB. ONNX Runtime's own rewrites are off;
+    ``report.optimized`` measures the session with them, whose limits are the same top-1 and 10 dB.
 
     An engine is compared end to end, with the limits of the optimized session.
 
