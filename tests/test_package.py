@@ -42,6 +42,7 @@ LEVELS = [
         *("curve", "convergence"),
         *("plan", "latency", "mixed_precision"),
     },
+    {"plots"},
     {"datasets"},
     {"models", "restore"},
     {"comparison"},
