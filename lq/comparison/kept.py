@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,34 @@ def kept(
         >>> kept(path, 2, lambda: {}, bool)
         {'made for': 2}
     """
-    key = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
-    stored = _read(path)
+    key, stored = _key(terms), _read(path)
     if stored.get("key") == key and lasts(stored["kept"]):
         return dict(stored["kept"])
     made = make()
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({"key": key, "kept": made}), encoding="utf-8")
     return made
+
+
+def fresh_folder(folder: Path, terms: Any) -> None:
+    """Empty a folder that was begun on other terms; a killed run goes on with what is in it.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    begun = folder / "begun.json"
+    if not begun.is_file() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"Expected {str(folder)!r} to be empty or of a comparison, but it holds other files; "
+            "name another `folder`."
+        )
+    if _read(begun).get("key") != _key(terms):
+        shutil.rmtree(folder, ignore_errors=True)
+        kept(begun, terms, dict, bool)
+
+
+def _key(terms: Any) -> str:
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> Plain:

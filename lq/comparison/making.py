@@ -63,7 +63,7 @@ class Maker:
         progress: bool,
     ) -> None:
         self.model, self.batches, self.held_out = model, batches, held_out
-        self.recipe, self.train, self.progress = recipe, train, progress
+        self.recipe, self.train, self.progress = Recipe.parse(recipe), train, progress
 
     def make(self, method: Method, folder: Path) -> Made:
         """Return what a method gives.
@@ -129,7 +129,7 @@ class Maker:
             if error.nearest is None:
                 raise
             return Made(error.nearest, note=str(error))
-        return Made(found.model, note=f"{len(found.trials)} plans measured.")
+        return Made(found.model, note=f"Plans measured: {len(found.trials)}.")
 
     def file(self, method: Method, folder: Path) -> Made:
         """Take a file, or the network in a checkpoint."""
@@ -141,7 +141,7 @@ class Maker:
         return Made(load_model(path, copy.deepcopy(self.model)).eval())
 
     def _recipe(self, method: Method) -> Recipe:
-        return Recipe.parse(self.recipe if method.recipe is None else method.recipe)
+        return self.recipe if method.recipe is None else Recipe.parse(method.recipe)
 
     def _quantized(self, method: Method) -> nn.Module:
         return quantize(copy.deepcopy(self.model), self._recipe(method))

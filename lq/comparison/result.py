@@ -42,7 +42,7 @@ class Comparison:
     """Methods of quantizing, measured on the same samples and in the same engine.
 
     Attributes:
-        model: Name of the model's class.
+        model: Name of the model.
         parameters: Numbers in it.
         data: Name of the data.
         n: Test samples.

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lq.batches import check_repeatable
 from lq.comparison.deployment import Deployment
-from lq.comparison.kept import kept
+from lq.comparison.kept import fresh_folder, kept
 from lq.comparison.making import Made, Maker, TrainFunction
 from lq.comparison.method import Method, default_methods
 from lq.comparison.result import FLOAT, VERSION, CalibrationSize, Comparison
@@ -51,9 +51,11 @@ def compare(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     target: str = "onnxruntime",
     train: TrainFunction | None = None,
+    training: str = "",
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (0,),
     data: str = "",
+    name: str = "",
     progress: bool = True,
 ) -> Comparison:
     """Quantize a model by several methods, and measure each on the same test samples.
@@ -74,9 +76,11 @@ def compare(
         target: What will run the models: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         train: Trains a quantized model in place for some epochs (for methods of kind ``qat``), and
             returns a row of figures for each: ``train(model, epochs, folder)``.
+        training: How `train` trains, in any words: others than before make it train again.
         batch_sizes: Sizes of the batches that are timed.
         threads: Numbers of threads they are timed with; 0 is the engine's own choice.
         data: Name of the data, for reports.
+        name: Name of the model, for reports; its class's, if not given.
         progress: Show progress bars.
 
     Raises:
@@ -94,23 +98,24 @@ def compare(
         >>> [row.name for row in found], found["max"].plan["0"]
         (['float', 'max'], 'int8')
     """
-    for name, part in ("batches", batches), ("held_out", held_out), ("test", test):
-        check_repeatable(part, name)
+    for what, part in ("batches", batches), ("held_out", held_out), ("test", test):
+        check_repeatable(part, what)
     methods = default_methods(target, train is not None) if methods is None else methods
-    for name in methods:
-        if name == FLOAT or not name.strip("."):
-            raise ValueError(f"Expected another name for a method than {name!r}; rename it.")
+    for given in methods:
+        if given == FLOAT or not given.strip("."):
+            raise ValueError(f"Expected another name for a method than {given!r}; rename it.")
     if quantizers(model):
         raise ValueError("Expected a float model, but it has quantizers; call lq.dequantize.")
     folder = Path(folder)
     with torch.inference_mode(False):
-        lab = _Lab(model, batches, held_out, test, target, folder, recipe, train, progress)
+        maker = Maker(model, batches, held_out, recipe or f"{target}_int8", train, progress)
+        lab = _Lab(maker, test, target, folder, training)
         rows = [lab.float_row()]
-        for name, method in tqdm(methods.items(), "Methods", leave=False, disable=not progress):
-            rows.append(lab.row(name, method))
+        for pair in tqdm(methods.items(), "Methods", leave=False, disable=not progress):
+            rows.append(lab.row(*pair))
         if lab.deployment.is_timed:
             rows = lab.timed(rows, batch_sizes, threads)
-        found = lab.result(rows, data)
+        found = lab.result(rows, data, name or type(model).__name__)
     found.save(folder / "comparison.json")
     return found
 
@@ -119,39 +124,28 @@ class _Lab:
     """What all methods of a comparison share."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        held_out: Iterable[Any],
-        test: Iterable[Any],
-        target: str,
-        folder: Path,
-        recipe: str | Path | Mapping[str, Any] | Recipe | None,
-        train: TrainFunction | None,
-        progress: bool,
+        self, maker: Maker, test: Iterable[Any], target: str, folder: Path, training: str
     ) -> None:
-        self.model, self.batches, self.test, self.folder = model, batches, test, folder
-        self.held_out, self.progress = held_out, progress
+        self.maker, self.test, self.folder, self.training = maker, test, folder, training
         self.checked = list(islice(test, CHECKED))
         self.deployment = Deployment(target, max(map(count_samples, self.checked), default=1))
-        self.recipe = Recipe.parse(f"{target}_int8" if recipe is None else recipe)
-        self.maker = Maker(model, batches, held_out, self.recipe, train, progress)
-        self.n_held_out = sum(map(count_samples, held_out))
         self.outcome: Outcome | None = None
         self.sensitivity: Sensitivity | None = None
-        parts = [_digest(part, progress) for part in (batches, held_out, test)]
-        self.identity = [VERSION, model_digest(model), self.recipe.to_json(), target, *parts]
+        parts = [_digest(part, maker.progress) for part in (maker.batches, maker.held_out, test)]
+        self.identity = [VERSION, model_digest(maker.model), maker.recipe.to_json(), target, *parts]
 
     def float_row(self) -> Row:
         """Measure the float model, which all others are compared with."""
         folder = self.folder_of(FLOAT)
-        row = self._judged(Row(name=FLOAT), Made(self.model), folder)
+        row = self._judged(Row(name=FLOAT), Made(self.maker.model), folder)
         log.info("%s: %s", FLOAT, row.evaluation)
         return row
 
     def row(self, name: str, method: Method) -> Row:
         """Return the row of a method: measured now, or before on the same terms."""
         folder, terms = self.folder_of(name), [*self.identity, method.identity()]
+        terms += [self.training] * (method.kind == "qat")
+        fresh_folder(folder, terms)
         plain = kept(
             folder / "row.json", terms, lambda: self._row(name, method, folder).to_dict(), _lasts
         )
@@ -163,9 +157,7 @@ class _Lab:
 
     def folder_of(self, name: str) -> Path:
         """Return where a method keeps its files."""
-        folder = self.folder / quote(name, safe=" ")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return self.folder / quote(name, safe=" ")
 
     def _row(self, name: str, method: Method, folder: Path) -> Row:
         row, started = Row(name=name, method=method.to_dict()), time.perf_counter()
@@ -182,7 +174,7 @@ class _Lab:
         run = made.model if file is None else file
         engine = None if file is None else self.deployment.engine_of(file)
         evaluation, outcome = evaluate_outcome(
-            run, self.test, engine, self.outcome, progress=self.progress
+            run, self.test, engine, self.outcome, progress=self.maker.progress
         )
         if self.outcome is None:
             self.outcome = outcome
@@ -214,7 +206,9 @@ class _Lab:
         """Return the rows with latencies and speed-ups."""
         files = {row.name: Path(row.file) for row in rows if row.file}
         engine = self.deployment.engine
-        speeds = measure_speed(files, self.checked[0], engine, batch_sizes, threads, self.progress)
+        speeds = measure_speed(
+            files, self.checked[0], engine, batch_sizes, threads, self.maker.progress
+        )
         found = []
         for row in rows:
             latencies, speedups = speeds.get(row.name, ((), ()))
@@ -226,30 +220,32 @@ class _Lab:
             found.append(dataclasses.replace(row, evaluation=evaluation, speedups=speedups))
         return found
 
-    def result(self, rows: Sequence[Row], data: str) -> Comparison:
+    def result(self, rows: Sequence[Row], data: str, model: str) -> Comparison:
         """Return the comparison, with what explains it."""
         assert self.outcome is not None
         size = kept(self.folder / "calibration.json", self.identity, self._calibration_size, bool)
         return Comparison(
-            model=type(self.model).__name__,
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            model=model,
+            parameters=sum(p.numel() for p in self.maker.model.parameters()),
             data=data,
             n=len(self.outcome.target),
-            held_out=self.n_held_out,
+            held_out=sum(map(count_samples, self.maker.held_out)),
             target=self.deployment.target,
             hardware=self.deployment.hardware,
             rows=rows,
-            costs=count_costs(self.model, self.checked[0]),
+            costs=count_costs(self.maker.model, self.checked[0]),
             calibration=CalibrationSize(**size) if size else None,
             sensitivity=self.sensitivity,
         )
 
     def _calibration_size(self) -> dict[str, Any]:
         """Return whether there are enough calibration samples; nothing without any integers."""
-        model = quantize(copy.deepcopy(self.model), self.recipe)
+        model = quantize(copy.deepcopy(self.maker.model), self.maker.recipe)
         if not quantizers(model):
             return {}
-        curve = calibration_curve(model, self.batches, self.held_out, progress=self.progress)
+        curve = calibration_curve(
+            model, self.maker.batches, self.maker.held_out, progress=self.maker.progress
+        )
         most = curve.points[-1].samples
         return dataclasses.asdict(CalibrationSize(most, curve.enough, curve.verdict))
 
