@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lq.comparison import Comparison, Method, compare
     from lq.convergence import calibration_curve
     from lq.costs import count_costs
+    from lq.distribution import tensor_histograms
     from lq.engines import open_engine
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lq.module import QuantModule
     from lq.plan import PrecisionPlan
+    from lq.rounding import weight_error
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,7 +63,9 @@ __all__ = [
     "repair",
     "search",
     "sweep",
+    "tensor_histograms",
     "verified_search",
+    "weight_error",
 ]
 
 # Resolved on first use, so that `import lq` imports neither lightning nor onnx.
@@ -81,6 +85,8 @@ _LAZY = {
     "lint": "lq.export",
     "measure_latency": "lq.latency",
     "open_engine": "lq.engines",
+    "tensor_histograms": "lq.distribution",
+    "weight_error": "lq.rounding",
 }
 
 

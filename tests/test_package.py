@@ -39,7 +39,7 @@ LEVELS = [
     {"engines"},
     {
         *("agreement", "parity", "layer_parity", "evaluation"),
-        *("curve", "convergence"),
+        *("curve", "convergence", "distribution", "rounding"),
         *("plan", "latency", "mixed_precision"),
     },
     {"plots"},
@@ -117,7 +117,9 @@ def test_public_names() -> None:
         "repair",
         "search",
         "sweep",
+        "tensor_histograms",
         "verified_search",
+        "weight_error",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name

@@ -16,6 +16,7 @@ from lq.plots.style import (
     add_legend,
     dress,
     line_look,
+    log_x,
     new_figure,
     percent_axis,
     theme_of,
@@ -106,7 +107,7 @@ def plot_sensitivity_distribution(sensitivity: Sensitivity, theme: str = "light"
         axes.plot(costs, shares, drawstyle="steps-post", label=format, **line_look(i, theme))
         lowest = min(lowest, costs[0])
     if lowest > 0:
-        axes.set_xscale("log")
+        log_x(axes)
     axes.set(xlabel=_COSTS[sensitivity.metric], ylabel="share of units that cost no more")
     axes.set_title(f"{len(sensitivity.units)} units, {sensitivity.n} samples", fontsize=10)
     add_legend(figure, theme)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from lq.files import written_whole
 from lq.messages import suggest
@@ -160,6 +160,16 @@ def line_look(index: int, theme: str = "light") -> dict[str, Any]:
 def percent_axis(axis: Axis, decimals: int | None = None) -> None:
     """Write the fractions along an axis as percentages."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals))
+
+
+def log_x(axes: Axes) -> None:
+    """Make the x axis logarithmic once the data are drawn, its labels plain numbers that fit."""
+    axes.set_xscale("log")
+    axis, (low, high) = axes.xaxis, axes.get_xlim()
+    within = (1, 2, 5) if high < 200 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=within))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def elide(name: str, longest: int = 28) -> str:

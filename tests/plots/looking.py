@@ -32,7 +32,8 @@ def overlapping(figure) -> list[tuple[str, str]]:
 def tick_labels(axis) -> list:
     """Return the labels of the ticks that are drawn, which those beyond the ends are not."""
     low, high = sorted(axis.get_view_interval())
-    ticks = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    ticks = [t for t in ticks if low <= t.get_loc() <= high]
     return [t.label1 for t in ticks if t.label1.get_text() and t.label1.get_visible()]
 
 
