@@ -12,6 +12,7 @@ from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:
+    from lq.comparison import Comparison, Method, compare
     from lq.convergence import calibration_curve
     from lq.costs import count_costs
     from lq.distribution import tensor_histograms
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Comparison",
+    "Method",
     "Mode",
     "PrecisionConstraints",
     "PrecisionPlan",
@@ -44,6 +47,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "calibration_curve",
+    "compare",
     "count_costs",
     "dequantize",
     "evaluate",
@@ -70,6 +74,7 @@ _LAZY = {
         ("PrecisionConstraints", "accuracy_guard", "pareto_front", "search", "verified_search"),
         "lq.mixed_precision",
     ),
+    **dict.fromkeys(("Comparison", "Method", "compare"), "lq.comparison"),
     "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {
         *("attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"),
-        *("paired", "outcome", "timing", "peak_memory"),
+        *("paired", "outcome", "timing", "peak_memory", "tables"),
     },
     {"tensor_spec"},
     {"spec"},
@@ -44,7 +44,9 @@ LEVELS = [
     },
     {"plots"},
     {"datasets"},
-    {"models", "data", "module", "restore"},
+    {"models", "restore"},
+    {"comparison"},
+    {"data", "module"},
     {"callbacks"},
     {"cli", "__main__"},
 ]
@@ -85,6 +87,9 @@ def level(name: str) -> int:
 def test_public_names() -> None:
     assert lq.__all__ == sorted(lq.__all__)
     assert set(lq.__all__) == {
+        "Comparison",
+        "Method",
+        "compare",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",

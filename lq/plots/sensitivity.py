@@ -134,7 +134,7 @@ def plot_sensitivity_heatmap(sensitivity: Sensitivity, theme: str = "light") -> 
     axes.set_title(_COSTS[metric], fontsize=10)
     for (row, column), cost in np.ndenumerate(costs):
         if math.isfinite(cost):
-            ink = "black" if norm(cost) > 0.5 else "white"
+            ink = "black" if norm(cost) > 0.5 else "snow"  # white is the paper of a report
             axes.text(column, row, f"{cost:.2g}", ha="center", va="center", color=ink, fontsize=7)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3 / figure.get_figheight()))
     dress(bar.ax, theme)
