@@ -163,9 +163,7 @@ class EngineComparison(L.Callback):
             with written_whole(exported.path.with_suffix(".json")) as temporary:
                 temporary.write_text(json.dumps({"data": data, "rows": plain}, indent=2))
             print(f"ONNX:        {exported.path}")
-            print(
-                f"Engine:      {exported.engine_path or 'none: no TensorRT builder is installed'}"
-            )
+            print(f"Engine:      {exported.engine_path or 'none'}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 print(f"TensorBoard: tensorboard --logdir {logger.root_dir}")
