@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lq.convergence import calibration_curve
     from lq.costs import count_costs
     from lq.engines import open_engine
+    from lq.engines.drift import DriftMonitor
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
     from lq.latency import measure_latency
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DriftMonitor",
     "Mode",
     "PrecisionConstraints",
     "PrecisionPlan",
@@ -66,6 +68,7 @@ _LAZY = {
         ("PrecisionConstraints", "accuracy_guard", "pareto_front", "search", "verified_search"),
         "lq.mixed_precision",
     ),
+    "DriftMonitor": "lq.engines.drift",
     "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",

@@ -85,6 +85,7 @@ def level(name: str) -> int:
 def test_public_names() -> None:
     assert lq.__all__ == sorted(lq.__all__)
     assert set(lq.__all__) == {
+        "DriftMonitor",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",
