@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lq.costs import count_costs
     from lq.distribution import tensor_histograms
     from lq.engines import open_engine
+    from lq.engines.drift import DriftMonitor
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
     from lq.latency import measure_latency
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Comparison",
+    "DriftMonitor",
     "Method",
     "Mode",
     "PrecisionConstraints",
@@ -75,6 +77,7 @@ _LAZY = {
         "lq.mixed_precision",
     ),
     **dict.fromkeys(("Comparison", "Method", "compare"), "lq.comparison"),
+    "DriftMonitor": "lq.engines.drift",
     "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",

@@ -31,6 +31,7 @@ LEVELS = [
     {
         *("digest", "ranges", "scoring", "collector", "calibration", "costs"),
         *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
+        "quantizer_health",
     },
     {"schedule", "quantized_training"},
     {"repairs"},
@@ -90,6 +91,7 @@ def test_public_names() -> None:
         "Comparison",
         "Method",
         "compare",
+        "DriftMonitor",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",
