@@ -84,6 +84,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "callbacks":
-        return importlib.import_module("lq.callbacks")
+    if name in ("callbacks", "interop"):
+        return importlib.import_module(f"lq.{name}")
     raise AttributeError(f"module 'lq' has no attribute {name!r}")

@@ -40,7 +40,7 @@ LEVELS = [
     {
         *("agreement", "parity", "layer_parity", "evaluation"),
         *("curve", "convergence"),
-        *("plan", "latency", "mixed_precision"),
+        *("plan", "latency", "mixed_precision", "interop"),
     },
     {"datasets"},
     {"models", "data", "module", "restore"},
