@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lq.engines import open_engine
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
+    from lq.inspection import inspect
     from lq.latency import measure_latency
     from lq.mixed_precision import (
         PrecisionConstraints,
@@ -47,6 +48,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "find_ranges",
+    "inspect",
     "lint",
     "load_from_checkpoint",
     "measure_latency",
@@ -73,6 +75,7 @@ _LAZY = {
     "count_costs": "lq.costs",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
+    "inspect": "lq.inspection",
     "lint": "lq.export",
     "measure_latency": "lq.latency",
     "open_engine": "lq.engines",
