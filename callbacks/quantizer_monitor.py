@@ -97,9 +97,9 @@ class QuantizerMonitor(L.Callback):
                 if quantizer.amax is not None:
                     self._first.setdefault(name, quantizer.amax.clone())
                 owner = target.get_submodule(name.rpartition(".")[0])
-                self._hooks.append(quantizer.register_forward_hook(self._measure(name, owner)))
-                if draws and (self.input_histograms or name.endswith("weight_quantizer")):
-                    self._hooks.append(quantizer.register_forward_hook(self._draw(name, trainer)))
+                shows = self.input_histograms or name.endswith("weight_quantizer")
+                hook = self._measure(name, owner, trainer if draws and shows else None)
+                self._hooks.append(quantizer.register_forward_hook(hook))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -156,21 +156,25 @@ class QuantizerMonitor(L.Callback):
     def _is_due(trainer: L.Trainer, every: int) -> bool:
         return every > 0 and trainer.global_step % every == 0
 
-    def _measure(self, name: str, owner: nn.Module) -> Callable[..., None]:
+    def _measure(
+        self, name: str, owner: nn.Module, shown_by: L.Trainer | None
+    ) -> Callable[..., None]:
+        tag, seen = f"quantizer/{name}", False
+
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal seen
+            if seen:  # what an addition is given next is quantized already
+                return
+            seen = True
             assert isinstance(quantizer, Quantizer)
             axis = channel_axis(quantizer, owner, args[0])
             figures = quantizer_health(quantizer, args[0], output, axis)
             amax = quantizer.amax
             if amax is not None:
                 figures["drift"] = drift(self._first[name].to(amax.device), amax)
-            self._measured |= {f"quantizer/{name}/{k}": v for k, v in figures.items()}
-
-        return hook
-
-    def _draw(self, name: str, trainer: L.Trainer) -> Callable[..., None]:
-        def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._charts.histogram(trainer, f"quantizer/{name}", args[0])
+            self._measured |= {f"{tag}/{k}": v for k, v in figures.items()}
+            if shown_by is not None:
+                self._charts.histogram(shown_by, tag, args[0])
 
         return hook
 

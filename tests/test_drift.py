@@ -123,12 +123,14 @@ def test_agreement_is_with_the_float_model_on_sampled_batches(served):
 def test_activations_of_a_torch_model(served):
     _, quantized, _, batches = served
     told = []
-    monitor = lq.DriftMonitor(quantized, every=2, samples=1, on_drift=told.append)
+    monitor = lq.DriftMonitor(
+        quantized, every=2, samples=1, max_clip_rate=1e-4, on_drift=told.append
+    )
     inputs = {}
 
     def look(name):
         def hook(quantizer, args):
-            inputs[name] = quantizer, args[0].clone()  # a ReLU may change it in place
+            inputs.setdefault(name, (quantizer, args[0]))  # an addition's is quantized already
 
         return hook
 
@@ -142,7 +144,7 @@ def test_activations_of_a_torch_model(served):
     for name, (quantizer, x) in inputs.items():
         codes = np.rint(x.detach().numpy() / quantizer.scale.numpy())
         assert rates[name] == ((codes < -128) | (codes > 127)).mean()
-    assert {d.name for d in told} == {name for name, rate in rates.items() if rate > 0.01}
+    assert {d.name for d in told} == {name for name, rate in rates.items() if rate > 1e-4}
     assert len(told) > 1
     monitor.run(batches[0])  # not sampled
     assert monitor.report().clip_rates == rates

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,19 +49,22 @@ def clipped(x: Tensor, grid: Grid) -> int:
         >>> clipped(torch.tensor([-1.28, 1.27, 1.28, float("nan")]), grid)
         2
     """
-    low, high = grid.codes
     if not x.numel():
         return 0
     # A code grows with its value, so the ends tell whether there is anything to count.
-    ends = _codes(torch.stack(torch.aminmax(x)), grid)
-    if bool((ends >= low).all() & (ends <= high).all()):
+    if x.is_cuda and _fit(torch.stack(x.aminmax()), grid).all():
         return 0
-    codes = _codes(x, grid)
-    return x.numel() - int(((codes >= low) & (codes <= high)).sum())
+    # In numpy: torch's threads would wait for those of the engine.
+    values = x.detach().float().cpu().numpy()
+    if _fit(np.array([values.min(), values.max()]), grid).all():
+        return 0
+    return int(values.size - np.count_nonzero(_fit(values, grid)))
 
 
-def _codes(x: Tensor, grid: Grid) -> Tensor:
-    return (x.float() / grid.scale).round_() + grid.zero_point
+def _fit(values: Any, grid: Grid) -> Any:
+    codes = (values / np.float32(grid.scale)).round() + np.float32(grid.zero_point)
+    low, high = grid.codes
+    return (codes >= low) & (codes <= high)
 
 
 def working_quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -74,17 +78,16 @@ def working_quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 @contextmanager
 def counting(found: Mapping[str, Quantizer]) -> Iterator[Counts]:
-    """Count what this thread's runs of a torch model clip, quantizer by quantizer, for a while."""
+    """Count what a torch model clips in this thread's next run, quantizer by quantizer."""
     counts: Counts = {}
     mine = threading.get_ident()
 
     def look(name: str) -> Any:
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(quantizer, Quantizer)
-            if threading.get_ident() == mine:
-                beyond, total = counts.get(name, (0, 0))
-                x = args[0]
-                counts[name] = beyond + int(quantizer.clipped(x).sum()), total + x.numel()
+            # The first time alone: what an addition is given next is quantized already.
+            if threading.get_ident() == mine and name not in counts:
+                counts[name] = int(quantizer.clipped(args[0]).sum()), args[0].numel()
 
         return hook
 

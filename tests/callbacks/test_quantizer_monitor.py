@@ -76,6 +76,20 @@ def test_figures_are_those_of_the_batch(tmp_path):
         assert logged[5] == pytest.approx(value)
 
 
+def test_what_an_addition_is_given_is_measured_before_it_is_quantized(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    qat = QuantizationAwareTraining(calibration_batches=1)
+    run = trainer(tmp_path, [qat, QuantizerMonitor(2, 2, True)], logger=logger, max_epochs=1,
+                  limit_train_batches=4)  # fmt: skip
+    run.fit(lq.QuantModule("lq.models.digits_cnn"), datamodule=DigitsDataModule())
+    events = events_of(logger)
+    tags = [t for t in events.Tags()["scalars"] if t.endswith("/sqnr_db")]
+    assert all(np.isfinite(e.value) for tag in tags for e in events.Scalars(tag))
+    shown = events.Tags()["histograms"]
+    assert len(shown) == len(tags) == 10
+    assert all([e.step for e in events.Histograms(tag)] == [2] for tag in shown)
+
+
 def test_learned_ranges_have_gradients_and_drift(tmp_path):
     logger, recipe = TensorBoardLogger(tmp_path), with_ranges("lsq")
     norms = []
