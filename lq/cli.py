@@ -41,7 +41,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate, sweep, search and export."""
+    """Lightning's Trainer, which can also calibrate, compare, sweep, search and export."""
 
     def export(
         self,

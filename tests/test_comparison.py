@@ -224,6 +224,7 @@ def test_checkpoints_are_methods(model, tmp_path) -> None:
         pytest.param({"methods": {"float": Method("ptq")}}, "another name", id="reserved name"),
         pytest.param({"methods": {"..": Method("ptq")}}, "another name", id="parent folder"),
         pytest.param({"target": "onnxruntim"}, "did you mean 'onnxruntime'", id="target"),
+        pytest.param({"batch_sizes": (0,)}, "`batch_sizes` to be at least 1", id="sizes"),
     ],
 )
 def test_refuses(model, tmp_path, change, message) -> None:

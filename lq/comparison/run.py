@@ -35,6 +35,7 @@ from lq.samples import count_samples
 from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
 from lq.surgery import quantizers
+from lq.timing import check_sizes
 
 log = logging.getLogger(__name__)
 CHECKED = 2
@@ -105,6 +106,7 @@ def compare(
             f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}; "
             f"{suggest(target, TARGETS)}"
         )
+    check_sizes(batch_sizes, threads)
     for what, part in ("batches", batches), ("held_out", held_out), ("test", test):
         check_repeatable(part, what)
     methods = default_methods(target, train is not None) if methods is None else methods
