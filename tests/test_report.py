@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 import lq
 from lq.comparison import CalibrationSize, Comparison, Explanation, Row, Speedup
@@ -316,7 +317,7 @@ def test_no_labels_overlap(large, plot, theme) -> None:
 def test_numbers_of_points_near_each_other_stand_apart(large) -> None:
     figure = plot_drop_against_compression(large)
     renderer, axes = drawn(figure), figure.axes[0]
-    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the line
     assert sorted(int(text.get_text()) for text in axes.texts) == [*range(1, len(boxes) + 1)]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
