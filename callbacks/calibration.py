@@ -15,6 +15,7 @@ from lq.calibrators import parse_calibrators
 from lq.callbacks.target import quantize_target, target_module
 from lq.modes import set_mode
 from lq.quantizer import Mode
+from lq.ranges import Ranges
 from lq.surgery import is_calibrated
 
 
@@ -34,6 +35,9 @@ class Calibration(L.Callback):
         checkpoint: Where to save the calibrated module, for a later test or export.
         cache: JSON file of ranges: used if it is of the same model and data, refused if of others,
             written if it is not there.
+
+    Attributes:
+        ranges: What was found, once it is.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Calibration(L.Callback):
         self.batches, self.calibrator = batches, calibrator
         self.recipe, self.module = recipe, module
         self.checkpoint, self.cache = checkpoint, cache
+        self.ranges: Ranges | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
@@ -86,8 +91,9 @@ class Calibration(L.Callback):
             return
         self._check_forward(target)
         batches = islice(calibration_batches(trainer), self.batches)
-        ranges = find_ranges(target, batches, self.calibrator, trainer.is_global_zero, self.cache)
-        rank_zero_info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
+        shows = trainer.is_global_zero
+        self.ranges = find_ranges(target, batches, self.calibrator, shows, self.cache)
+        rank_zero_info("Ranges found with %r:\n%s", self.calibrator, self.ranges.table())
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint)
 

@@ -12,43 +12,51 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from lq.callbacks.export import Export
 from lq.callbacks.target import target_module
-from lq.evaluation import Evaluation, comparison_table, evaluate
+from lq.engines import open_engine
+from lq.evaluation import Evaluation, comparison_table, evaluate, outcome_of
 from lq.export import export_onnx
 from lq.files import written_whole
 from lq.modes import quantizer_mode
+from lq.outcome import Outcome
 from lq.quantizer import Mode
 from lq.surgery import dequantize, quantizers
 
-ORDER = ("float", "float file", "PTQ", "QAT", "INT8 file")
+ORDER = ("float", "float file", "PTQ", "QAT", "fake-quant", "INT8 file", "INT8 engine")
+FINAL = ("final/top1", "final/drop", "final/size_mb", "final/latency_ms")
+"""Names under which the last of them is logged, to sort runs by."""
 
 
 class EngineComparison(L.Callback):
     """Measures every stage of a quantization on the same data and prints one table.
 
-    ``float`` and ``PTQ`` are measured at the moment the quantizers begin to quantize, without and
-    with them; ``QAT`` when the fit ends; then the files that the Export callback, listed before
-    this one, wrote. The data are the data module's test set, or else its validation set. The
-    table is printed, logged, and saved as JSON beside the exported file.
+    In a fit ``float`` and ``PTQ`` are measured at the moment the quantizers begin to quantize,
+    without and with them, and ``QAT`` when it ends; in a test, or a validation on its own,
+    ``float`` and ``fake-quant`` are the same weights without and with the quantizers. Then come the
+    files that the Export callback, listed before this one, wrote. Each is compared with float,
+    sample by sample.
+
+    The data are the data module's test set, or else its validation set; without a data module the
+    trainer's own. The table is printed, logged as ``comparison/<stage>/...``, and saved as JSON
+    beside the exported file; the last stage is logged as ``final/...`` too.
 
     Args:
         module: Submodule to measure; a QuantModule's model, or the whole module, if not given.
+
+    Attributes:
+        rows: Stage -> what was measured.
     """
 
     def __init__(self, module: str | None = None) -> None:
         self.module = module
         self.rows: dict[str, Evaluation] = {}
+        self._float: Outcome | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would fail after the training."""
-        if getattr(trainer, "datamodule", None) is None:
-            raise RuntimeError(
-                "Expected a data module for EngineComparison to measure, but there is none; pass "
-                "`datamodule` to the trainer."
-            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         exported = self._exported(trainer)
         if exported is not None and callbacks.index(exported) > callbacks.index(self):
@@ -57,6 +65,10 @@ class EngineComparison(L.Callback):
                 "got it after; list it first."
             )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a fit without data to measure on."""
+        _batches(trainer)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
@@ -64,8 +76,7 @@ class EngineComparison(L.Callback):
         target = target_module(pl_module, self.module)
         if self.rows or not trainer.is_global_zero or not _quantizes(target):
             return
-        with quantizer_mode(target, Mode.BYPASS):
-            self._add("float", target, trainer)
+        self._add_float(target, trainer)
         self._add("PTQ", target, trainer)
         exported = self._exported(trainer)
         if exported is not None:
@@ -73,21 +84,48 @@ class EngineComparison(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure what was trained and what was exported, and tell."""
-        if not trainer.is_global_zero:
-            return
-        self._add("QAT", target_module(pl_module, self.module), trainer)
-        exported = self._exported(trainer)
-        if exported is not None and exported.report is not None:
-            self._add("INT8 file", exported.path, trainer)
-        self._tell(trainer, exported)
+        self._finish("QAT", trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure after a validation on its own, and tell."""
+        if trainer.state.fn == "validate":
+            self._restart(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure what was tested, and tell."""
+        self._restart(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what was measured, for a resumed fit."""
-        return {name: dataclasses.asdict(row) for name, row in self.rows.items()}
+        rows = {name: row.to_dict() for name, row in self.rows.items()}
+        return {"rows": rows, "float": None if self._float is None else _plain(self._float)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was measured before."""
-        self.rows = {name: Evaluation.from_dict(row) for name, row in state_dict.items()}
+        rows, outcome = state_dict["rows"], state_dict["float"]
+        self.rows = {name: Evaluation.from_dict(row) for name, row in rows.items()}
+        self._float = None if outcome is None else _outcome(outcome)
+
+    def _restart(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure anew, whatever a fit or a checkpoint left: the data may be others."""
+        self.rows, self._float = {}, None
+        if trainer.is_global_zero:
+            self._add_float(target_module(pl_module, self.module), trainer)
+        self._finish("fake-quant", trainer, pl_module)
+
+    def _finish(self, name: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        target, exported = target_module(pl_module, self.module), self._exported(trainer)
+        if _quantizes(target):
+            self._add(name, target, trainer)
+        else:
+            self._add_float(target, trainer)
+        if exported is not None and exported.report is not None:
+            self._add("INT8 file", exported.path, trainer)
+            if exported.engine_path is not None and torch.cuda.is_available():
+                self._add("INT8 engine", exported.engine_path, trainer)
+        self._tell(trainer, exported)
 
     def _export_float(self, target: nn.Module, path: Path, trainer: L.Trainer) -> None:
         path = path.with_stem(f"{path.stem}_float")
@@ -95,13 +133,18 @@ class EngineComparison(L.Callback):
         export_onnx(dequantize(copy.deepcopy(target)), batch, path)
         self._add("float file", path, trainer)
 
+    def _add_float(self, target: nn.Module, trainer: L.Trainer) -> None:
+        with quantizer_mode(target, Mode.BYPASS):
+            with torch.random.fork_rng(devices=[]):
+                self._float = outcome_of(open_engine(target), _batches(trainer), progress=False)
+            self._add("float", target, trainer)
+
     def _add(self, name: str, model: nn.Module | Path, trainer: L.Trainer) -> None:
+        reference = None if name == "float" else self._float
         with torch.random.fork_rng(devices=[]):  # measuring must not change the training
-            row = evaluate(model, _batches(trainer), progress=False)
+            row = evaluate(model, _batches(trainer), reference=reference, progress=False)
         self.rows[name] = row
-        for logger in trainer.loggers:
-            figures = {f"comparison/{name}/top1": row.top1, f"comparison/{name}/top5": row.top5}
-            logger.log_metrics(figures, trainer.global_step)
+        _log(trainer, f"comparison/{name}", row)
 
     @staticmethod
     def _exported(trainer: L.Trainer) -> Export | None:
@@ -110,20 +153,41 @@ class EngineComparison(L.Callback):
 
     def _tell(self, trainer: L.Trainer, exported: Export | None) -> None:
         rows = {name: self.rows[name] for name in ORDER if name in self.rows}
-        data = getattr(trainer.datamodule, "name", "the data module")  # type: ignore[attr-defined]
-        print(f"\nOn {data}, {self.rows['QAT'].n} images:\n{comparison_table(rows)}")
+        last = list(rows.values())[-1]
+        _log(trainer, "final", last)
+        data = getattr(getattr(trainer, "datamodule", None), "name", "the data")
+        print(f"\nOn {data}, {last.n} images:\n{comparison_table(rows)}")
         print(_slower_than_float(rows), end="")
         if exported is not None:
-            plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
+            plain = {name: row.to_dict() for name, row in rows.items()}
             with written_whole(exported.path.with_suffix(".json")) as temporary:
                 temporary.write_text(json.dumps({"data": data, "rows": plain}, indent=2))
             print(f"ONNX:        {exported.path}")
-            print(
-                f"Engine:      {exported.engine_path or 'none: no TensorRT builder is installed'}"
-            )
+            print(f"Engine:      {exported.engine_path or 'none'}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 print(f"TensorBoard: tensorboard --logdir {logger.root_dir}")
+
+
+def _log(trainer: L.Trainer, name: str, row: Evaluation) -> None:
+    """Log what was measured; the time of a simulation is not that of its format."""
+    figures = {"top1": row.top1, "top5": row.top5, "loss": row.loss, "size_mb": row.size_mb}
+    if not row.simulated:
+        figures["latency_ms"] = row.latency_ms
+    if row.versus is not None:
+        figures |= {"drop": row.versus.drop.mean, "agreement": row.versus.agreement}
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{name}/{k}": v for k, v in figures.items()}, trainer.global_step)
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    values = dataclasses.asdict(outcome)
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _outcome(plain: dict[str, Any]) -> Outcome:
+    samples = {name: torch.tensor(plain[name]) for name in ("predicted", "target")}
+    return Outcome(**{**plain, **samples})
 
 
 def _quantizes(target: nn.Module) -> bool:
@@ -143,8 +207,25 @@ def _slower_than_float(rows: dict[str, Evaluation]) -> str:
 
 
 def _batches(trainer: L.Trainer) -> Any:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if is_overridden("test_dataloader", data, L.LightningDataModule):
+    """Return the data to measure on: of a data module, or else those of the trainer.
+
+    Raises:
+        RuntimeError: If there are none.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if data is not None and is_overridden("test_dataloader", data, L.LightningDataModule):
         data.setup("test")
         return data.test_dataloader()
-    return data.val_dataloader()
+    if data is not None:
+        return data.val_dataloader()
+    loaders: Any = trainer.test_dataloaders
+    if trainer.state.fn != "test":
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet done without a sanity check
+        loaders = trainer.val_dataloaders
+    loaders = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    if loaders is None:
+        raise RuntimeError(
+            "Expected data for EngineComparison to measure, but there is no data module and no "
+            "loader of validation data; pass one of them to the trainer."
+        )
+    return loaders

@@ -98,7 +98,7 @@ def fine_tune(
     resumed = str(last) if last is not None and last.is_file() else None
     with torch.enable_grad():
         tuner.fit(trained, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if before is not None:
+    if data is not None:
         data.trainer = before
     model.load_state_dict(on_device_of(model, target.state_dict()))
     return history.rows

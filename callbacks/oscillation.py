@@ -138,6 +138,11 @@ class OscillationControl(L.Callback):
         """Look no longer."""
         self._stop()
 
+    def layer_shares(self) -> dict[str, float]:
+        """Return layer -> share of its weights that oscillate, of the layers that are tracked."""
+        shares = {} if self._stabilizer is None else self._stabilizer.shares()
+        return {n[: -len("/share")]: share for n, share in shares.items() if n.endswith("/share")}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of every weight."""
         return (self._state or {}) if self._stabilizer is None else self._stabilizer.state_dict()

@@ -45,6 +45,9 @@ class QuantizationAwareTraining(L.Callback):
         freeze_batchnorm_epoch: Epoch from which BatchNorm uses, and keeps, its running statistics.
         save_memory: Let the backward pass quantize again instead of saving quantized copies.
 
+    Attributes:
+        ranges: What was found last, once it is.
+
     Raises:
         ValueError: If there is nothing to quantize, training is over before it all is, or the
             trainer's other settings exclude it.
@@ -85,6 +88,7 @@ class QuantizationAwareTraining(L.Callback):
         self.save_memory = save_memory
         self._layers: dict[str, nn.Module] = {}
         self._training: QuantizedTraining | None = None
+        self.ranges: Ranges | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
@@ -166,6 +170,7 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         if ranges is None:
             return
+        self.ranges = ranges
         rank_zero_info("Ranges found with %r:\n%s", self.calibrator, ranges.table())
         target = target_module(pl_module, self.module)
         for callback in _averaging(trainer):

@@ -1,46 +1,116 @@
-"""What the quantizers do, as curves."""
+"""What the quantizers do, as curves, histograms, figures and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lq.callbacks.charts import Charts
+from lq.callbacks.findings import Findings
+from lq.callbacks.oscillation import OscillationControl
+from lq.callbacks.run_settings import log_settings
 from lq.callbacks.target import target_module
-from lq.functional import sqnr_db
 from lq.quantizer import Mode, Quantizer
+from lq.quantizer_health import channel_axis, drift, gradient_norm, quantizer_health
 from lq.surgery import quantizers
 
 
 class QuantizerMonitor(L.Callback):
-    """Logs the scale, the clip rate and the SQNR of every quantizer at an interval.
+    """Logs how well every quantizer does, at an interval.
 
-    ``quantizer/<name>/scale`` is the scale (its mean over channels), ``.../clip_rate`` the share
-    of values beyond the range, ``.../sqnr_db`` the signal-to-quantization-noise ratio, each of
-    one training batch. Between the measured steps nothing runs.
+    ``quantizer/<name>/...`` are, each of one training batch, ``sqnr_db``, the
+    signal-to-quantization-noise ratio; ``clip_rate``, the share of values beyond the range;
+    ``dead_channels``, the share of channels that are all zero, 1 of a dead quantizer; ``scale`` and
+    ``amax``, means over channels; ``drift``, by how much the range has grown since it was
+    calibrated, 0.1 for a tenth; ``scale_gradient``, the norm of a learned range's gradient; and
+    ``oscillation``, the share of weights that oscillate, where OscillationControl looks.
+
+    TensorBoard also gets histograms, a layout that groups the curves by layers, the table of
+    calibrators, sensitivities and plans that other callbacks find, and, for its HParams tab, the
+    settings of the quantization with the results that EngineComparison measures: accuracy, drop,
+    size, latency. Loggers without one of these get the rest. Between the measured steps nothing
+    runs.
 
     Args:
-        every_n_steps: Measure one step in so many.
+        every_n_steps: Measure one step in so many, and the first after calibration.
+        histogram_every_n_steps: Show how weights are distributed in one step in so many; 0 never.
+        input_histograms: Show the same of what the input quantizers are given.
         module: Submodule to watch; a QuantModule's model, or the whole module, if not given.
+
+    Example:
+        >>> L.Trainer(callbacks=QuantizerMonitor(histogram_every_n_steps=500), logger=False)
+        <lightning.pytorch.trainer.trainer.Trainer object at 0x...>
     """
 
-    def __init__(self, every_n_steps: int = 100, module: str | None = None) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        histogram_every_n_steps: int = 0,
+        input_histograms: bool = False,
+        module: str | None = None,
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1, but got {every_n_steps}.")
+        if histogram_every_n_steps < 0:
+            raise ValueError(
+                "Expected `histogram_every_n_steps` to be at least 0, but got "
+                f"{histogram_every_n_steps}."
+            )
         self.every_n_steps, self.module = every_n_steps, module
+        self.histogram_every_n_steps = histogram_every_n_steps
+        self.input_histograms = input_histograms
+        self._charts, self._findings = Charts(), Findings()
+        self._first: dict[str, Tensor] = {}
+        self._has_begun = False
         self._hooks: list[Any] = []
         self._measured: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell the loggers how the module is quantized, and what curves will come."""
+        target = target_module(pl_module, self.module)
+        self._has_begun, self._measured = False, {}
+        log_settings(trainer, pl_module, target)
+        self._findings.show(trainer, self._charts, target)
+        found = quantizers(target)
+        curves = ["sqnr_db", "clip_rate", "amax", "drift", "dead_channels"]
+        curves += ["scale_gradient"] if any(q.spec.learns_range for q in found.values()) else []
+        curves += ["oscillation"] if _control(trainer) is not None else []
+        self._charts.layout(trainer, list(found), curves)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the quantizers during a measured step."""
-        if not trainer.loggers or trainer.global_step % self.every_n_steps:
+        draws = self._is_due(trainer, self.histogram_every_n_steps)
+        measures = draws or self._is_due(trainer, self.every_n_steps) or not self._has_begun
+        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not (measures and steps and trainer.loggers and trainer.is_global_zero):
+            return
+        target = target_module(pl_module, self.module)
+        for name, quantizer in quantizers(target).items():
+            if quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated:
+                self._has_begun = True
+                if quantizer.amax is not None:
+                    self._first.setdefault(name, quantizer.amax.clone())
+                owner = target.get_submodule(name.rpartition(".")[0])
+                shows = self.input_histograms or name.endswith("weight_quantizer")
+                hook = self._measure(name, owner, trainer if draws and shows else None)
+                self._hooks.append(quantizer.register_forward_hook(hook))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure the gradients of learned ranges."""
+        if not self._hooks:
             return
         for name, quantizer in quantizers(target_module(pl_module, self.module)).items():
-            if quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated:
-                self._hooks.append(quantizer.register_forward_hook(self._measure(name)))
+            norm = gradient_norm(quantizer)
+            if norm is not None:
+                self._measured[f"quantizer/{name}/scale_gradient"] = norm
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -49,32 +119,66 @@ class QuantizerMonitor(L.Callback):
         if not self._hooks:
             return
         self._stop()
+        control = _control(trainer)
+        shares = {} if control is None else control.layer_shares()
+        for layer, share in shares.items():
+            self._measured[f"quantizer/{layer}.weight_quantizer/oscillation"] = share
         for logger in trainer.loggers:
             logger.log_metrics(self._measured, trainer.global_step)
         self._measured = {}
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show what other callbacks found."""
+        self._findings.show(trainer, self._charts)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Show what other callbacks found at the end."""
+        self._findings.show(trainer, self._charts, target_module(pl_module, self.module))
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Stop watching."""
         self._stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the ranges that drift is measured from."""
+        return {"first": self._first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self._first = state_dict["first"]
 
     def _stop(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def _measure(self, name: str) -> Any:
+    @staticmethod
+    def _is_due(trainer: L.Trainer, every: int) -> bool:
+        return every > 0 and trainer.global_step % every == 0
+
+    def _measure(
+        self, name: str, owner: nn.Module, shown_by: L.Trainer | None
+    ) -> Callable[..., None]:
+        tag, seen = f"quantizer/{name}", False
+
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal seen
+            if seen:  # what an addition is given next is quantized already
+                return
+            seen = True
             assert isinstance(quantizer, Quantizer)
-            figures = quantizer_figures(quantizer, args[0], output)
-            self._measured |= {f"quantizer/{name}/{k}": v for k, v in figures.items()}
+            axis = channel_axis(quantizer, owner, args[0])
+            figures = quantizer_health(quantizer, args[0], output, axis)
+            amax = quantizer.amax
+            if amax is not None:
+                figures["drift"] = drift(self._first[name].to(amax.device), amax)
+            self._measured |= {f"{tag}/{k}": v for k, v in figures.items()}
+            if shown_by is not None:
+                self._charts.histogram(shown_by, tag, args[0])
 
         return hook
 
 
-def quantizer_figures(quantizer: Quantizer, x: Tensor, quantized: Tensor) -> dict[str, float]:
-    """Return what is worth watching of one quantizer on one tensor."""
-    figures = {"sqnr_db": sqnr_db(x, quantized)}
-    if quantizer.scale is not None:
-        figures["scale"] = float(quantizer.scale.detach().mean())
-        figures["clip_rate"] = float(quantizer.clipped(x).float().mean())
-    return figures
+def _control(trainer: L.Trainer) -> OscillationControl | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, OscillationControl)), None)

@@ -253,7 +253,8 @@ class Quantizer(nn.Module):
         if self.is_frozen:
             scale, offset = scale.detach(), None if offset is None else offset.detach()
         if spec.learns_range:
-            scale = learned_scale(scale, self._gradient_scale(x))
+            # Without a gradient while exporting, whose batch a look at its size would fix.
+            scale = learned_scale(scale, 1.0 if is_exporting() else self._gradient_scale(x))
         scale = self._on_grid(scale)
         low, high, axis = spec.qmin, spec.qmax, spec.axis
         if is_exporting():

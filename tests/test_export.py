@@ -18,6 +18,7 @@ import lq
 from lq.export import passes
 from lq.export.plan import read_plan
 from lq.export.to_onnx import trace
+from lq.tensor_spec import RANGES
 
 
 class Net(nn.Module):
@@ -196,8 +197,10 @@ def test_16_bit_layers_are_casts(fmt: str, opset: int, tmp_path) -> None:
     assert conv.inputs[1].dtype == expected
 
 
-def test_batch_is_dynamic_and_file_valid(tmp_path) -> None:
-    model, x = net()
+@pytest.mark.parametrize("kind", RANGES)
+def test_batch_is_dynamic_and_file_valid(kind: str, tmp_path) -> None:
+    spec = {"format": "int8", "range": kind}
+    model, x = net({"weights": spec, "inputs": spec})
     path = tmp_path / "m.onnx"
     lq.export_onnx(model, x[:1], path)
     onnx.checker.check_model(str(path), full_check=True)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from lq.export.graph import constant, input_at
+from lq.export.graph import constant, input_at, users
 
 MOVES = (
     "Identity",
@@ -37,13 +37,18 @@ class Grid:
     zero_point: int
     dtype: ir.DataType
 
+    @property
+    def codes(self) -> tuple[float, float]:
+        """The smallest and the largest code."""
+        info = ml_dtypes.iinfo if self.dtype.is_integer() else ml_dtypes.finfo
+        limits = info(self.dtype.numpy())
+        return float(limits.min), float(limits.max)
+
     def clips_to(self, bound: float) -> bool:
         """Return whether numbers of the grid, clipped to a bound, stay on the grid."""
         scale = np.float32(self.scale)
         code = np.rint(np.float32(bound) / scale)
-        info = ml_dtypes.iinfo if self.dtype.is_integer() else ml_dtypes.finfo
-        limits = info(self.dtype.numpy())
-        low, high = float(limits.min) - self.zero_point, float(limits.max) - self.zero_point
+        low, high = (limit - self.zero_point for limit in self.codes)
         return not low < code < high or bool(self.dtype.is_integer() and code * scale == bound)
 
 
@@ -57,6 +62,24 @@ def pair_grid(node: ir.Node) -> Grid | None:
         return None
     zero = 0 if zero_point is None else int(zero_point.astype(np.float32).item())
     return Grid(float(scale.item()), zero, dtype)
+
+
+def input_grids(model: ir.Model) -> dict[str, Grid | None]:
+    """Return the grid to which each input of a graph is first quantized, ``None`` if it is not.
+
+    Moves of elements, such as a transposition, may come before.
+    """
+    return {str(value.name): _first_grid(value) for value in model.graph.inputs}
+
+
+def _first_grid(value: ir.Value) -> Grid | None:
+    for node in users(value):
+        if node.inputs[0] is value:
+            moved = _first_grid(node.outputs[0]) if node.op_type in MOVES else None
+            grid = pair_grid(node) if node.op_type == "QuantizeLinear" else moved
+            if grid is not None:
+                return grid
+    return None
 
 
 def code_type(node: ir.Node) -> ir.DataType | None:
