@@ -15,14 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lq.callbacks.calibration import calibration_batches
-from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lq.callbacks.fine_tuning import fine_tune, follow
 from lq.callbacks.target import target_module
 from lq.files import check_file_path
 from lq.mixed_precision import GuardReport, PrecisionConstraints, accuracy_guard
 from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
-from lq.state import recipe_of
-from lq.surgery import dequantize, is_calibrated, quantize, quantized_layers
+from lq.surgery import dequantize, is_calibrated, quantized_layers
 
 log = logging.getLogger(__name__)
 
@@ -117,29 +116,18 @@ class MixedPrecision(L.Callback):
 
     def _finetuning(
         self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> Callable[[nn.Module], nn.Module]:
+    ) -> Callable[[nn.Module], None]:
         """Return what trains a quantized model: a fit of a copy of the module with it inside."""
 
-        def finetune(model: nn.Module) -> nn.Module:
-            module = copy.deepcopy(pl_module, {id(trainer): None})
-            target = target_module(module, self.module)
-            follow(target, model)
-            tuner = L.Trainer(
-                max_epochs=self.finetune_epochs,
-                accelerator=trainer.strategy.root_device.type,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                callbacks=[QuantizationAwareTraining(module=self.module)],
+        def finetune(model: nn.Module) -> None:
+            fine_tune(
+                pl_module,
+                model,
+                self.finetune_epochs,
+                getattr(trainer, "datamodule", None),
+                trainer.strategy.root_device.type,
+                self.module,
             )
-            data: Any = getattr(trainer, "datamodule", None)
-            with torch.enable_grad():
-                tuner.fit(module, datamodule=data)
-            if data is not None:
-                data.trainer = trainer
-            return target
 
         return finetune
 
@@ -148,11 +136,3 @@ def validation_batches(trainer: L.Trainer) -> Iterable[Any]:
     """Return the validation data, the first of several."""
     loaders = trainer.val_dataloaders
     return loaders[0] if isinstance(loaders, (list, tuple)) else loaders  # type: ignore[return-value]
-
-
-def follow(target: nn.Module, model: nn.Module) -> None:
-    """Give a module the quantizers, ranges and weights of a model of the same structure."""
-    recipe = recipe_of(model)
-    assert recipe is not None
-    quantize(target, recipe)
-    target.load_state_dict(model.state_dict())

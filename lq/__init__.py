@@ -12,8 +12,10 @@ from lq.spec import QuantSpec, Recipe, Rule
 from lq.surgery import dequantize, quantize
 
 if TYPE_CHECKING:
+    from lq.comparison import Comparison, Method, compare
     from lq.convergence import calibration_curve
     from lq.costs import count_costs
+    from lq.distribution import tensor_histograms
     from lq.engines import open_engine
     from lq.engines.drift import DriftMonitor
     from lq.evaluation import evaluate
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     )
     from lq.module import QuantModule
     from lq.plan import PrecisionPlan
+    from lq.rounding import weight_error
 
 __version__ = "0.1.0"
 __all__ = [
+    "Comparison",
     "DriftMonitor",
+    "Method",
     "Mode",
     "PrecisionConstraints",
     "PrecisionPlan",
@@ -44,6 +49,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "calibration_curve",
+    "compare",
     "count_costs",
     "dequantize",
     "evaluate",
@@ -59,7 +65,9 @@ __all__ = [
     "repair",
     "search",
     "sweep",
+    "tensor_histograms",
     "verified_search",
+    "weight_error",
 ]
 
 # Resolved on first use, so that `import lq` imports neither lightning nor onnx.
@@ -69,6 +77,7 @@ _LAZY = {
         "lq.mixed_precision",
     ),
     "DriftMonitor": "lq.engines.drift",
+    **dict.fromkeys(("Comparison", "Method", "compare"), "lq.comparison"),
     "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",
@@ -79,6 +88,8 @@ _LAZY = {
     "lint": "lq.export",
     "measure_latency": "lq.latency",
     "open_engine": "lq.engines",
+    "tensor_histograms": "lq.distribution",
+    "weight_error": "lq.rounding",
 }
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from torch import nn
 
 import lq
 from lq.calibration import find_ranges
 from lq.callbacks.calibration import calibration_batches
+from lq.callbacks.fine_tuning import fine_tune, training_of
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
+from lq.comparison import Method, compare
 from lq.costs import count_costs
 from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx, triton_repository
@@ -237,6 +240,72 @@ class Trainer(L.Trainer):
         journal.unlink(missing_ok=True)
         print(f"Plan: {plan}")
 
+    def compare(
+        self,
+        model: QuantModule,
+        datamodule: L.LightningDataModule,
+        methods: dict[str, Method] | None = None,
+        folder: str = "comparison",
+        ckpt_path: str | None = None,
+        target: str = "onnxruntime",
+        use: str = "server",
+        batches: int = 16,
+        batch_sizes: list[int] = [1],  # noqa: B006
+        threads: list[int] = [0],  # noqa: B006
+    ) -> None:
+        """Quantize by several methods, measure each on the test data, and write a report.
+
+        Calibration batches find ranges, validation data choose (repairs, mixes of formats), and
+        test data measure. Each row is kept as soon as it is there, so a killed comparison goes on
+        where it stopped.
+
+        Args:
+            model: The module; its recipe is that of methods that name none.
+            datamodule: Gives calibration batches, validation data and test data.
+            methods: Name -> method: kind ptq, qat, mixed or file, with its settings. If not given,
+                FP16, every calibrator, repair, QAT and mixed precision.
+            folder: Where models, rows and the report are kept.
+            ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
+            target: What will run the models: onnxruntime, openvino or tensorrt.
+            use: What the recommendation is for: edge (size), server (throughput) or real_time
+                (time of one sample).
+            batches: How many calibration batches to look at.
+            batch_sizes: Sizes of the batches that are timed.
+            threads: Numbers of threads they are timed with; 0 is the engine's own choice.
+        """
+        from lq.report import check_use, recommend, write_report  # which imports matplotlib
+
+        check_use(use)
+        samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
+        if not samples:
+            raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
+        datamodule.setup("test")
+
+        def train(net: nn.Module, epochs: int, folder: Path) -> list[dict[str, float]]:
+            kind = self.strategy.root_device.type
+            return fine_tune(model, net, epochs, datamodule, kind, None, folder, validate=True)
+
+        found = compare(
+            dequantize(model.model).eval(),
+            samples,
+            datamodule.val_dataloader(),
+            datamodule.test_dataloader(),
+            methods,
+            folder,
+            model.recipe,
+            target,
+            train,
+            training_of(model, datamodule),
+            batch_sizes,
+            threads,
+            getattr(datamodule, "name", type(datamodule).__name__),
+            str(model.hparams.get("model", "")).rsplit(".")[-1],
+        )
+        page = write_report(found, folder, use)
+        print(found.table())
+        print("\n".join(f"- {advice}" for advice in recommend(found, use)))
+        print(f"Report: {page}")
+
     def _prepared(
         self,
         model: QuantModule,
@@ -259,7 +328,7 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, with the arguments that the CLI fills in itself."""
-        own = ("calibrate", "export", "search", "sensitivity")
+        own = ("calibrate", "compare", "export", "search", "sensitivity")
         filled = {name: {"model", "datamodule"} for name in own}
         return {**LightningCLI.subcommands(), **filled}
 

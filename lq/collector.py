@@ -159,16 +159,21 @@ class RangeCollector:
             candidates |= weight_candidates(self.model, [c.name for c in self.calibrators])
         return candidates
 
+    def candidates_of(self, name: str) -> dict[str, Tensor]:
+        """Return the range that each calibrator makes of what one quantizer saw; none of nothing.
+
+        Statistics are those of all ranks where training is distributed.
+        """
+        quantizer, observer = self._own[name], self.observers[name]
+        assert quantizer.scale is not None
+        observer.synchronize(quantizer.scale.device)
+        if observer.amax is None:
+            return {}
+        return {c.name: c.amax(observer, quantizer.spec) for c in self.calibrators}
+
     def _input_candidates(self) -> Candidates:
-        found = quantizers(self.model)
-        candidates: Candidates = {}
-        for name, observer in self.observers.items():
-            scale = found[name].scale
-            assert scale is not None
-            observer.synchronize(scale.device)
-            if observer.amax is not None:
-                spec = found[name].spec
-                candidates[name] = {c.name: c.amax(observer, spec) for c in self.calibrators}
+        found = {name: self.candidates_of(name) for name in self.observers}
+        candidates = {name: ranges for name, ranges in found.items() if ranges}
         if self.observers and not candidates:
             raise RuntimeError(
                 "Expected the batches to reach the quantized layers, but no quantizer saw data."

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from lq.batches import model_inputs, tensors
 from lq.formats import FORMATS, layer_formats
 from lq.gemm import weight_of
+from lq.layers import output_axis
 from lq.modes import eval_mode, quantizer_mode
 from lq.quantizer import Mode
 from lq.samples import count_samples
@@ -166,7 +167,7 @@ def _counted(name: str, layer: nn.Module, macs: int, counted: dict[int, str]) ->
     fresh = [x for x in (weight, bias) if x is not None and id(x) not in counted]
     counted |= {id(x): name for x in fresh}
     numbers = {id(x): x.numel() for x in fresh}
-    channels = weight.shape[1 if isinstance(layer, _ConvTransposeNd) else 0]
+    channels = weight.shape[output_axis(layer)]
     return LayerCost(numbers.get(id(weight), 0), channels, numbers.get(id(bias), 0), macs, tied)
 
 
@@ -221,8 +222,9 @@ def layer_macs(layer: nn.Module, given: list[Tensor], output: Tensor) -> int:
         return rows * weight.numel() // 3
     if isinstance(layer, nn.Linear):
         return output.numel() // output.shape[-1] * weight.numel()
-    places = given[0] if isinstance(layer, _ConvTransposeNd) else output
-    return places.numel() // weight.shape[0] * weight.numel()
+    if isinstance(layer, _ConvTransposeNd):
+        return given[0].numel() // weight.shape[0] * weight.numel()
+    return output.numel() // weight.shape[output_axis(layer)] * weight.numel()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lq.engines.torch_runner import TorchRunner
 from lq.outcome import Outcome, OutcomeMeter
 from lq.paired import Drop
 from lq.peak_memory import peak_memory
+from lq.tables import aligned
 from lq.timing import Latency, check_sizes, of_size, time_runs
 
 _CPU = nn.Module()
@@ -134,6 +135,19 @@ def evaluate(
         >>> round(result.top1, 3), result.top5, result.n
         (0.667, 1.0, 3)
     """
+    return evaluate_outcome(model, batches, engine, reference, batch_sizes, threads, progress)[0]
+
+
+def evaluate_outcome(
+    model: nn.Module | str | Path | Runner,
+    batches: Iterable[Any],
+    engine: str | None = None,
+    reference: nn.Module | str | Path | Runner | Outcome | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (0,),
+    progress: bool = True,
+) -> tuple[Evaluation, Outcome]:
+    """Do what ``evaluate`` does, and return also what the model says of each sample."""
     check_batches(batches)
     check_sizes(batch_sizes, threads)
     if reference is not None and not isinstance(reference, Outcome):
@@ -150,7 +164,7 @@ def evaluate(
     for size, count in asked[1:]:
         latencies.append(_timed(open_engine(model, engine, count), first, size, count))
     outcome = outcome_of(runner, chain([first], rest), progress)
-    return Evaluation(
+    found = Evaluation(
         engine=runner.name,
         top1=outcome.top1,
         top5=outcome.top5,
@@ -165,6 +179,7 @@ def evaluate(
         latencies=tuple(latencies),
         versus=None if reference is None else _beside(outcome, reference),
     )
+    return found, outcome
 
 
 def outcome_of(runner: Runner, batches: Iterable[Any], progress: bool = True) -> Outcome:
@@ -238,14 +253,7 @@ def comparison_table(rows: Mapping[str, Evaluation]) -> str:
         ]
         for name, row in rows.items()
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines, left=(0, 1))
 
 
 def _versus_cells(versus: Versus | None) -> tuple[str, str]:

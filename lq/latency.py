@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import platform
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import nn
 
@@ -49,7 +49,12 @@ def engine_at_hand() -> str:
 
 
 def hardware_name(engine: str) -> str:
-    """Return what an engine runs on: the GPU, or the processor and its threads; and its version."""
+    """Return what an engine runs on: the GPU, or the processor and its threads; and its version.
+
+    Args:
+        engine: ``tensorrt``, or a module that runs on the processor: ``onnxruntime``,
+            ``openvino``, ``torch``.
+    """
     if engine == "tensorrt":
         builder = find_builder()
         assert builder is not None
@@ -58,7 +63,8 @@ def hardware_name(engine: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} x {len(names) or '?'}, onnxruntime {ort.__version__}"
+    library = importlib.import_module(engine)
+    return f"{name} x {len(names) or '?'}, {engine} {library.__version__}"
 
 
 def measure_latency(

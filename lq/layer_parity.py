@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_CODE_DIFFERENCE = 1
 MAX_CODE_SHARE = 1e-4
 """Per layer, both sides fed the same codes: at most this share of codes may differ."""
+TIE = 1e-3
+"""A value so near to the edge between two codes, in steps, may be rounded either way."""
 MIN_LAYER_SQNR_DB = 60.0
 """Per layer, likewise: what float32 sums in another order leave far behind, and no wrong weight."""
 MIN_16_BIT_LAYER_SQNR_DB = 30.0
@@ -37,7 +39,7 @@ class LayerParity:
     Attributes:
         layer: Name of the layer, whose output is compared, or of the quantizer, whose codes are.
         max_code_difference: Largest difference of codes; 0 for layers.
-        differing: Codes that differ.
+        differing: Codes that differ, where torch's value does not lie right between two.
         total: Codes compared.
         sqnr_db: The layer's output against torch's; infinite for quantizers.
         min_sqnr_db: What it must reach.
@@ -227,7 +229,7 @@ class CutGraph:
             if name in self.computed:
                 computed = _codes(quantizer, results[self.computed[name]])
                 bounds = self.bounds.get(name, (-math.inf, math.inf))
-                found = _code_parity(name, expected, computed.clamp(*bounds))
+                found = _code_parity(name, expected, computed.clamp(*bounds), _ties(quantizer, x))
                 self._note(replace(found, max_share=self.max_shares[name]))
 
     def _note(self, found: LayerParity) -> None:
@@ -291,6 +293,17 @@ def _codes(quantizer: Quantizer, x: Tensor) -> Tensor:
     return torch.where(bits < 0, -(bits & 127), bits).float()
 
 
-def _code_parity(name: str, expected: Tensor, got: Tensor) -> LayerParity:
+def _ties(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Return where a value lies right between two codes, as averages of codes often do."""
+    if not quantizer.spec.number_format.is_integer:
+        return torch.zeros(x.shape, dtype=torch.bool)
+    steps = x.detach().cpu().float() / quantizer.positive_scale.detach().cpu()
+    return (steps.abs().frac() - 0.5).abs() <= TIE
+
+
+def _code_parity(
+    name: str, expected: Tensor, got: Tensor, ties: Tensor | None = None
+) -> LayerParity:
     difference = (expected - got).abs()
-    return LayerParity(name, int(difference.max()), int((difference > 0).sum()), difference.numel())
+    differs = difference > 0 if ties is None else (difference > 0) & ~ties
+    return LayerParity(name, int(difference.max()), int(differs.sum()), difference.numel())

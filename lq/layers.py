@@ -283,6 +283,16 @@ def quantized_class(cls: type[nn.Module]) -> type[QuantLayer]:
     return type(f"Quant{cls.__name__}", (QuantLayer, cls), namespace)
 
 
+def output_axis(layer: nn.Module) -> int:
+    """Return the axis of the output channels in the weight of a layer that can be quantized.
+
+    Example:
+        >>> output_axis(nn.Conv2d(3, 8, 1)), output_axis(nn.ConvTranspose2d(3, 8, 1))
+        (0, 1)
+    """
+    return quantized_class(float_class(layer)).weight_axis
+
+
 def _on_quantized_operands(cls: type[nn.Module]) -> Callable[..., Any]:
     """Return a class's own ``forward``, run on the quantized input and weight."""
     first = [*inspect.signature(cls.forward).parameters, "input"][1]

@@ -70,11 +70,11 @@ def parity(
 
     **Per layer**, the graph is cut at every QuantizeLinear of an activation and each piece is fed
     what torch has there, so that differences do not add up: codes may differ by at most 1, in at
-    most 1e-4 of the elements (rounding ties; 1e-2 behind 16-bit layers), and the SQNR of every
-    layer's output must be at least 60 dB, 30 where layers are 16-bit. **End to end**, the largest
-    output must be the same on all confident samples, and the SQNR at least 15 dB. ONNX Runtime's
-    own rewrites are off; ``report.optimized`` measures the session with them, whose limits are the
-    same top-1 and 10 dB.
+    most 1e-4 of the elements (1e-2 behind 16-bit layers), those aside that torch rounds within a
+    thousandth of a step of the edge between two codes, and the SQNR of every layer's output must be
+    at least 60 dB, 30 where layers are 16-bit. **End to end**, the largest output must be the same
+    on all confident samples, and the SQNR at least 15 dB. ONNX Runtime's own rewrites are off;
+    ``report.optimized`` measures the session with them, whose limits are the same top-1 and 10 dB.
 
     An engine is compared end to end, with the limits of the optimized session.
 

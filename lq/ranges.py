@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lq.files import written_whole
 from lq.quantizer import Quantizer
 from lq.surgery import quantizers
+from lq.tables import aligned
 
 VERSION = 1
 EACH = "each"
@@ -110,14 +111,7 @@ class Ranges:
         lines = [header, *(_row(name, r, rivals) for name, r in self.found.items())]
         if self.outputs:
             lines.append(_output_row(self.outputs, rivals))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i in (0, 2) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, left=(0, 2))
 
     def save(self, path: str | Path) -> None:
         """Write the ranges as JSON."""

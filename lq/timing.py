@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 WARM_UP, RUNS, SECONDS = 5, 100, 3.0
 """Runs that do not count; runs that do; and the seconds after which fewer are enough."""
-LEAST_RUNS = 20
+LEAST_RUNS, LEAST_ROUNDS = 20, 10
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,49 @@ def time_runs(run: Callable[[], Any], batch_size: int = 1, threads: int = 0) -> 
     """
     for _ in range(WARM_UP):
         run()
-    _wait()
     times: list[float] = []
     while len(times) < LEAST_RUNS or (len(times) < RUNS and sum(times) < SECONDS):
-        started = time.perf_counter()
+        times.append(_time(run))
+    return latency_of([x * 1e3 for x in times], batch_size, threads)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = RUNS, seconds: float = 2 * SECONDS
+) -> dict[str, list[float]]:
+    """Call functions in turn, round by round, and return the milliseconds of each call.
+
+    What else goes on in the machine then comes upon all of them. Each round begins with another
+    one. There are `rounds` of them, or as many as there were after some seconds, but at least 10.
+
+    Example:
+        >>> found = interleaved({"a": lambda: None, "b": lambda: time.sleep(0.001)}, rounds=12)
+        >>> [len(times) for times in found.values()], min(found["b"]) > max(found["a"])
+        ([12, 12], True)
+    """
+    for run in [*runs.values()] * WARM_UP:
         run()
-        _wait()
-        times.append(time.perf_counter() - started)
-    p50, p90, p99 = (float(x) * 1e3 for x in np.percentile(times, [50, 90, 99]))
+    names, times = [*runs], {name: list[float]() for name in runs}
+    ends = time.perf_counter() + seconds
+    for i in range(rounds):
+        if i >= LEAST_ROUNDS and time.perf_counter() > ends:
+            break
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(_time(runs[name]) * 1e3)
+    return times
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Return how many seconds a call takes, what it started on a GPU included."""
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
+
+
+def latency_of(times: Sequence[float], batch_size: int, threads: int) -> Latency:
+    """Return the percentiles of some times in milliseconds."""
+    p50, p90, p99 = (float(x) for x in np.percentile(times, [50, 90, 99]))
     return Latency(batch_size, threads, p50, p90, p99, len(times))
 
 

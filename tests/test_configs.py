@@ -20,11 +20,13 @@ FACTORIES = {
     "resnet18": ("torchvision.models.resnet18", {"num_classes": 1000}),
     "mobilenet_v2": ("torchvision.models.mobilenet_v2", {}),
     "resnet20_cifar10": ("lq.models.resnet20", {}),
+    "digits": ("lq.models.digits_cnn", {}),
 }
 SHORT = {
     "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
     "sensitivity": ["--batches=1"],
+    "compare": ["--trainer.limit_train_batches=2", "--batch_sizes=[1]"],
 }
 
 
@@ -75,14 +77,14 @@ def prepared(path: Path, folder: Path) -> list[str]:
     arguments += [*quick, "--trainer.enable_progress_bar=false"]
     if path.stem == "quickstart":
         return arguments
+    if path.stem == "compare":
+        start_from("digits", folder)
+        return arguments
     name, kind = path.stem.rsplit("_", 1)
-    factory, factory_arguments = FACTORIES[name]
     if kind != "float":
-        torch.manual_seed(0)
-        weights = create_model(factory, **factory_arguments).state_dict()
-        start = folder / f"runs/{name}_float/last.ckpt"
-        start.parent.mkdir(parents=True)
-        torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, start)
+        start_from(name, folder)
+    if name == "digits":
+        return arguments
     if "cifar" in name:
         images, held_out = (300, 300) if kind == "mixed" else (20, 10)  # a fifth validates
         root = cifar10(folder / "data", images)
@@ -91,9 +93,19 @@ def prepared(path: Path, folder: Path) -> list[str]:
     return [*arguments, f"--data.root={root}", "--data.image_size=32", "--data.num_workers=0"]
 
 
+def start_from(name: str, folder: Path) -> None:
+    """Write the checkpoint that the float config of a model would leave behind."""
+    factory, arguments = FACTORIES[name]
+    torch.manual_seed(0)
+    weights = create_model(factory, **arguments).state_dict()
+    start = folder / f"runs/{name}_float/last.ckpt"
+    start.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}}, start)
+
+
 @pytest.mark.parametrize(
     "path",
-    configs("float", "ptq", "qat", "lowbit", "sensitivity", "mixed"),
+    configs("float", "ptq", "qat", "lowbit", "sensitivity", "mixed", "compare"),
     ids=lambda p: p.stem,
 )
 def test_config(path: Path, tmp_path, monkeypatch) -> None:
@@ -109,8 +121,9 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
         "qat": {"last.ckpt", "best.ckpt", *exported},
         "lowbit": {"last.ckpt", "best.ckpt"},
         "sensitivity": {"sensitivity.json", "sensitivity.csv", "sensitivity.jsonl"},
+        "compare": {"comparison.json", "report.html", "report.md", "plots", "QAT", "mixed"},
     }
-    assert expected[path.stem.rsplit("_", 1)[1]] <= produced
+    assert expected[path.stem.rsplit("_", 1)[-1]] <= produced
 
 
 @pytest.mark.parametrize(

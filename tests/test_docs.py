@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import lq
+from lq import calibrators, engines, layers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,7 +25,16 @@ def snippets() -> list[object]:
     ]
 
 
+@pytest.fixture
+def registries(monkeypatch) -> None:
+    """What a snippet registers is forgotten again."""
+    tables = ((calibrators, "CALIBRATORS"), (layers, "QUANT_CLASSES"), (engines, "ONNX_ENGINES"))
+    for module, name in tables:
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+
+
 @pytest.mark.parametrize("code", snippets())
+@pytest.mark.usefixtures("registries")
 def test_snippet_runs(code: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})

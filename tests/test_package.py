@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {
         *("attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"),
-        *("paired", "outcome", "timing", "peak_memory"),
+        *("paired", "outcome", "timing", "peak_memory", "tables"),
     },
     {"tensor_spec"},
     {"spec"},
@@ -40,11 +40,14 @@ LEVELS = [
     {"engines"},
     {
         *("agreement", "parity", "layer_parity", "evaluation"),
-        *("curve", "convergence"),
+        *("curve", "convergence", "distribution", "rounding"),
         *("plan", "latency", "mixed_precision"),
     },
+    {"plots"},
     {"datasets"},
-    {"models", "data", "module", "restore"},
+    {"models", "restore"},
+    {"comparison"},
+    {"data", "module"},
     {"callbacks"},
     {"cli", "__main__"},
 ]
@@ -85,7 +88,10 @@ def level(name: str) -> int:
 def test_public_names() -> None:
     assert lq.__all__ == sorted(lq.__all__)
     assert set(lq.__all__) == {
+        "Comparison",
         "DriftMonitor",
+        "Method",
+        "compare",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",
@@ -113,7 +119,9 @@ def test_public_names() -> None:
         "repair",
         "search",
         "sweep",
+        "tensor_histograms",
         "verified_search",
+        "weight_error",
     }
     for name in lq.__all__:
         assert callable(getattr(lq, name)), name

@@ -223,3 +223,19 @@ def test_a_model_that_the_file_is_not_of(exported) -> None:
     model, path, batches = exported
     with pytest.raises(ValueError, match=r"exported from.*'conv1\.input_quantizer'"):
         lq.parity(lq.dequantize(copy.deepcopy(model)), path, batches)
+
+
+def test_averages_right_between_two_codes_may_be_rounded_either_way(tmp_path, monkeypatch) -> None:
+    """Of 64 codes, one average in 64 lies there where both scales are the same."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model, x = nn.Sequential(*layers, nn.Linear(64, 4)).eval(), torch.randn(64, 1, 8, 8)
+    lq.calibrate(lq.quantize(model, "onnxruntime_int8"), [x], progress=False)
+    model[4].input_quantizer.scale.fill_(0.0213)
+    model[2].input_quantizer.scale.fill_(0.0213)
+    path = tmp_path / "m.onnx"
+    lq.export_onnx(model, x, path, target="onnxruntime")
+    (found,) = [p for p in compare(model, path, [x]).layers if p.layer == "4.input_quantizer"]
+    assert (found.max_code_difference, found.differing) == (1, 0)
+    monkeypatch.setattr("lq.layer_parity.TIE", -1.0)
+    assert compare(model, path, [x]).first_divergence == "4.input_quantizer"

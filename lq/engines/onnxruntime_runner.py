@@ -64,7 +64,7 @@ class OnnxRuntimeRunner(Runner):
         return runner
 
     @classmethod
-    def timed(cls, model: ir.Model, profile: str = "") -> OnnxRuntimeRunner:
+    def timed(cls, model: ir.Model, profile: str = "", threads: int = 0) -> OnnxRuntimeRunner:
         """Return a runner on the CPU of a graph in memory as it is, to be timed.
 
         16-bit layers are left to ONNX Runtime, which computes them in float32 between casts.
@@ -72,8 +72,9 @@ class OnnxRuntimeRunner(Runner):
         Args:
             model: The graph.
             profile: Where the file of a profile is to lie, without its ending; none, if empty.
+            threads: Threads within an operator; 0 is ONNX Runtime's own choice.
         """
-        runner, options = cls.__new__(cls), _options(True, 0)
+        runner, options = cls.__new__(cls), _options(True, threads)
         runner.size_mb = 0.0
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, profile

@@ -22,6 +22,7 @@ from lq.messages import suggest
 from lq.sensitivity.measures import PARTS, Measures
 from lq.sensitivity.plain import csv_line, measures_from, to_plain
 from lq.surgery import quantizable_layers
+from lq.tables import aligned
 
 log = logging.getLogger(__name__)
 VERSION = 1
@@ -169,12 +170,36 @@ class Sensitivity:
         )
         return float(spearmanr(mine, others).statistic)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; ``from_dict`` gives it back."""
+        values = to_plain(dataclasses.asdict(self))
+        return {"version": VERSION, **values, "recipe_hash": self.recipe_hash}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
+        """Return the sensitivities that ``to_dict`` wrote, also by way of JSON.
+
+        Raises:
+            ValueError: If they are of another version.
+            KeyError, TypeError, AttributeError: If they are something else.
+        """
+        plain = dict(values)
+        if plain.pop("version") != VERSION:
+            raise ValueError(f"its version is not {VERSION}")
+        plain.pop("recipe_hash", None)
+        plain["found"] = [measures_from(row, LayerSensitivity) for row in plain["found"]]
+        plain["units"] = {name: tuple(layers) for name, layers in plain["units"].items()}
+        plain["formats"] = tuple(plain["formats"])
+        plain["whole"] = {k: measures_from(v, Measures) for k, v in plain["whole"].items()}
+        if plain.get("costs") is not None:
+            plain["costs"] = Costs.from_dict(plain["costs"])
+        numbers = {name: float(plain[name]) for name in ("top1", "passes")}
+        return cls(**{**plain, **numbers})
+
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file that ``from_json`` reads back."""
-        values = to_plain(dataclasses.asdict(self))
-        plain = {"version": VERSION, **values, "recipe_hash": self.recipe_hash}
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, and a CSV file beside it."""
@@ -193,18 +218,7 @@ class Sensitivity:
         if not path.is_file():
             raise FileNotFoundError(f"Expected a sweep at {str(path)!r}, but there is no file.")
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
-            if plain.pop("version") != VERSION:
-                raise ValueError(f"its version is not {VERSION}")
-            plain.pop("recipe_hash", None)
-            plain["found"] = [measures_from(row, LayerSensitivity) for row in plain["found"]]
-            plain["units"] = {name: tuple(layers) for name, layers in plain["units"].items()}
-            plain["formats"] = tuple(plain["formats"])
-            plain["whole"] = {k: measures_from(v, Measures) for k, v in plain["whole"].items()}
-            if plain.get("costs") is not None:
-                plain["costs"] = Costs.from_dict(plain["costs"])
-            numbers = {name: float(plain[name]) for name in ("top1", "passes")}
-            return cls(**{**plain, **numbers})
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Expected {str(path)!r} to hold a sweep that lq saved, but it cannot be read: "
@@ -241,15 +255,7 @@ class Sensitivity:
         for format in self.formats:
             for part in PARTS:
                 lines += [_cells(row) for row in self.ranked(format, part)[:rows]]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        last = len(widths) - 1
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 3 or i == last else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, left=(0, 1, 2, len(header)))
 
 
 def _text(recipe: Mapping[str, Any]) -> str:

@@ -1,0 +1,132 @@
+"""Train a quantized copy of a module's network, inside another run of the trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lq.callbacks.target import target_module
+from lq.module import QuantModule
+from lq.spec import Recipe
+from lq.state import recipe_of
+from lq.surgery import quantize
+
+
+class History(L.Callback):
+    """Keeps what is logged for each epoch, also through a resumed fit.
+
+    Attributes:
+        rows: For each epoch its number as ``epoch``, and the mean of each metric.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take note of an epoch, after its validation."""
+        found = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.rows.append({"epoch": float(trainer.current_epoch), **found})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epochs so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the epochs before."""
+        self.rows = list(state_dict["rows"])
+
+
+def fine_tune(
+    pl_module: L.LightningModule,
+    model: nn.Module,
+    epochs: int,
+    data: Any,
+    accelerator: str = "auto",
+    module: str | None = None,
+    folder: Path | None = None,
+    validate: bool = False,
+) -> list[dict[str, float]]:
+    """Train a quantized model as a module would train it, in place.
+
+    Args:
+        pl_module: Says how: its loss and its optimizer. It stays as it is.
+        model: A quantized and calibrated copy of the part of the module that `module` names.
+        epochs: How long.
+        data: The data module.
+        accelerator: As for Lightning's Trainer.
+        module: Name of the part; a QuantModule's model, or the whole module, if not given.
+        folder: Where a checkpoint lies after each epoch, from which a killed training goes on.
+        validate: Whether to measure on the validation data after each epoch.
+
+    Returns:
+        A row of what was logged for each epoch.
+    """
+    trained = copy.deepcopy(pl_module, {id(pl_module._trainer): None})
+    target = target_module(trained, module)
+    follow(target, model)
+    history = History()
+    callbacks: list[L.Callback] = [QuantizationAwareTraining(module=module), history]
+    last = None if folder is None else folder / "last.ckpt"
+    if last is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                last.parent,
+                "last",
+                save_on_train_epoch_end=True,  # when History has seen the validation
+                enable_version_counter=False,
+            )
+        )
+    tuner = L.Trainer(
+        max_epochs=epochs,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=last is not None,
+        enable_model_summary=False,
+        limit_val_batches=None if validate else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+    )
+    before = getattr(data, "trainer", None)
+    resumed = str(last) if last is not None and last.is_file() else None
+    with torch.enable_grad():
+        tuner.fit(trained, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if before is not None:
+        data.trainer = before
+    model.load_state_dict(on_device_of(model, target.state_dict()))
+    return history.rows
+
+
+def training_of(module: QuantModule, data: Any) -> str:
+    """Return in words how a module would be trained."""
+    found = module.configure_optimizers()
+    optimizer, schedule = (
+        (found["optimizer"], found["lr_scheduler"]["scheduler"])
+        if isinstance(found, dict)
+        else (found, None)
+    )
+    told = [repr(optimizer), type(schedule).__name__, getattr(data, "hparams", "")]
+    if schedule is not None:
+        told.append(sorted(schedule.state_dict().items(), key=str))
+    return " ".join(map(str, told))
+
+
+def follow(target: nn.Module, model: nn.Module) -> None:
+    """Give a module the quantizers, ranges and weights of a model of the same structure."""
+    recipe: Recipe | None = recipe_of(model)
+    assert recipe is not None
+    quantize(target, recipe)
+    target.load_state_dict(model.state_dict())
+
+
+def on_device_of(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights on the device of a model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return {name: value.to(device) for name, value in weights.items()}

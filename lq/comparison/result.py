@@ -1,0 +1,178 @@
+"""What a comparison found, readable again without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lq.comparison.row import Row, unpack
+from lq.costs import Costs
+from lq.files import written_whole
+from lq.paired import Drop, paired_drop
+from lq.sensitivity import Sensitivity
+from lq.tables import aligned
+
+VERSION = 1
+"""Of the JSON file; a change that older readers would misread raises it."""
+FLOAT = "float"
+"""Name of the float model's row."""
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """How many calibration samples there were, and whether they are enough.
+
+    Attributes:
+        samples: How many there were.
+        enough: The fewest that are enough; ``None`` where even all are not.
+        verdict: What the calibration curve says, in a sentence.
+    """
+
+    samples: int
+    enough: int | None
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Methods of quantizing, measured on the same samples and in the same engine.
+
+    Attributes:
+        model: Name of the model.
+        parameters: Numbers in it.
+        data: Name of the data.
+        n: Test samples.
+        held_out: Samples that repairs and searches chose by.
+        target: What the models were exported for.
+        hardware: What ran them, with its version.
+        rows: One for each method, the float model first.
+        costs: What the layers cost.
+        calibration: Whether there were enough calibration samples.
+        sensitivity: What a sweep found, where a method swept.
+
+    Example:
+        >>> comparison = Comparison(model="Net", parameters=10, data="digits", n=2, held_out=2,
+        ...                         target="onnxruntime", hardware="cpu", rows=[Row(name="float")],
+        ...                         costs=Costs({}, 0.0))
+        >>> comparison["float"].kind
+        'float'
+    """
+
+    model: str
+    parameters: int
+    data: str
+    n: int
+    held_out: int
+    target: str
+    hardware: str
+    rows: Sequence[Row]
+    costs: Costs
+    calibration: CalibrationSize | None = None
+    sensitivity: Sensitivity | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        return {row.name: row for row in self.rows}[name]
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows that came to something."""
+        return [row for row in self.rows if row.evaluation is not None]
+
+    @property
+    def size_mb(self) -> float:
+        """Size of the float model's file, in 10^6 bytes."""
+        first = self.rows[0].evaluation
+        assert first is not None
+        return first.size_mb
+
+    def compression(self, row: Row) -> float:
+        """Return how many times as small as the float model's file a row's is."""
+        assert row.evaluation is not None
+        return self.size_mb / row.evaluation.size_mb
+
+    def difference(self, row: Row, other: Row) -> Drop:
+        """Return how much less often `row` is right than `other`, on the same samples."""
+        return paired_drop(unpack(other.right, self.n), unpack(row.right, self.n))
+
+    def table(self) -> str:
+        """Return the rows as text."""
+        header = ["", "top-1", "drop (95%)", "agreement", "MB", "smaller", "ms", "speed-up"]
+        lines = [header, *(self.cells(row) for row in self.measured)]
+        failed = [f"{row.name}: {row.failed}" for row in self.rows if row.failed]
+        return "\n".join([aligned(lines), *failed])
+
+    def cells(self, row: Row) -> list[str]:
+        """Return what a table shows of a row that was measured; ``-`` is what was not."""
+        found = row.evaluation
+        assert found is not None
+        time = f"{found.latencies[0].p50_ms:.2f}" if found.latencies else "-"
+        faster = f"{row.speedups[0].ratio:.2f}x" if row.speedups else "-"
+        drop, agreement = "-", "-"
+        if found.versus is not None:
+            lost = found.versus.drop
+            drop = f"{100 * lost.mean:+.2f} ({100 * lost.low:+.2f} .. {100 * lost.high:+.2f})"
+            agreement = f"{found.versus.agreement:.2%}"
+        size, smaller = f"{found.size_mb:.3f}", f"{self.compression(row):.2f}x"
+        return [row.name, f"{found.top1:.2%}", drop, agreement, size, smaller, time, faster]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; ``from_dict`` gives it back."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            "version": VERSION,
+            **own,
+            "rows": [row.to_dict() for row in self.rows],
+            "costs": self.costs.to_dict(),
+            "calibration": self.calibration and dataclasses.asdict(self.calibration),
+            "sensitivity": self.sensitivity and self.sensitivity.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+        """Return the comparison that ``to_dict`` wrote, also by way of JSON."""
+        plain = dict(values)
+        if plain.pop("version") != VERSION:
+            raise ValueError(f"its version is not {VERSION}")
+        size, found = plain["calibration"], plain["sensitivity"]
+        return cls(
+            **{
+                **plain,
+                "rows": [Row.from_dict(row) for row in plain["rows"]],
+                "costs": Costs.from_dict(plain["costs"]),
+                "calibration": None if size is None else CalibrationSize(**size),
+                "sensitivity": None if found is None else Sensitivity.from_dict(found),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a JSON file."""
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Return the comparison in a JSON file, or in the folder of one.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is not such a file.
+        """
+        path = Path(path) / "comparison.json" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected a comparison at {str(path)!r}, but there is no file."
+            )
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"Expected {str(path)!r} to hold a comparison that lq saved, but it cannot be "
+                f"read: {error}; compare again."
+            ) from None

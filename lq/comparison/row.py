@@ -1,0 +1,87 @@
+"""What was measured of one method."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lq.comparison.speed import Speedup
+from lq.evaluation import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one method.
+
+    Attributes:
+        name: Its name.
+        method: Its settings; empty for the float model.
+        evaluation: Accuracy, size and latency; ``None`` if the method came to nothing.
+        right: Which test samples it is right on, as ``pack`` writes them.
+        plan: Layer -> format, read from the file; empty if it cannot be told.
+        size_mb: Size of the exported file, or of the weights where there is none, in 10^6 bytes.
+        speedups: How many times as fast as the float model it is.
+        history: Of training, a row of figures for each epoch.
+        seconds: How long it took to make.
+        file: The exported file, by its path in the folder of the comparison; empty if there is
+            none.
+        note: What else there is to say of it.
+        failed: Why it came to nothing, in one line.
+    """
+
+    name: str
+    method: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    right: str = ""
+    plan: Mapping[str, str] = field(default_factory=dict)
+    speedups: tuple[Speedup, ...] = ()
+    history: Sequence[Mapping[str, float]] = ()
+    seconds: float = 0.0
+    file: str = ""
+    note: str = ""
+    failed: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the method; ``float`` for the float model."""
+        return str(self.method.get("kind", "float"))
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether any of its layers computes in a format other than 16 or 32 bit floats."""
+        return any(f not in ("fp32", "fp16", "bf16") for f in self.plan.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; ``from_dict`` gives it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Return the row that ``to_dict`` wrote, also by way of JSON."""
+        found = values["evaluation"]
+        evaluation = None if found is None else Evaluation.from_dict(found)
+        speedups = tuple(Speedup(**speedup) for speedup in values["speedups"])
+        return cls(**{**values, "evaluation": evaluation, "speedups": speedups})
+
+
+def pack(right: Tensor) -> str:
+    """Return a bool tensor ``[N]`` as text, eight samples a byte.
+
+    Example:
+        >>> unpack(pack(torch.tensor([True, False, True])), 3)
+        tensor([ True, False,  True])
+    """
+    return base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
+
+
+def unpack(text: str, n: int) -> Tensor:
+    """Return the bool tensor ``[n]`` that ``pack`` wrote."""
+    raw = np.frombuffer(base64.b64decode(text), np.uint8)
+    return torch.from_numpy(np.unpackbits(raw, count=n).astype(bool))

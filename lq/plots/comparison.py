@@ -1,0 +1,217 @@
+"""A comparison as pictures: accuracy, size and speed of each method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lq.comparison import Comparison, Row
+from lq.paired import Drop
+from lq.plots.rows import draw_bars, name_rows, rows_size
+from lq.plots.style import (
+    HATCHES,
+    MARKERS,
+    SMALL,
+    add_legend,
+    new_figure,
+    percent_axis,
+    theme_of,
+)
+
+_LOOKS = {"float": (6, 0), "ptq": (0, 0), "qat": (2, 1), "mixed": (1, 2), "file": (4, 3)}
+"""Kind of a method -> its colour, and its hatch or marker."""
+_NAMES = {
+    "float": "float",
+    "ptq": "PTQ",
+    "qat": "QAT",
+    "mixed": "mixed precision",
+    "file": "file",
+}
+
+
+def plot_accuracy(comparison: Comparison, theme: str = "light") -> Figure:
+    """Draw the top-1 that each method loses against float, with its 95% interval.
+
+    The line at 0 is the float model. An interval across it shows no difference.
+
+    Args:
+        comparison: What ``lq.compare`` found.
+        theme: ``light`` or ``dark``.
+    """
+    rows = [row for row in comparison.measured if _drop(row) is not None]
+    figure, (axes,) = new_figure(size=rows_size(len(rows)), theme=theme)
+    ink = theme_of(theme).text
+    for i, (row, label) in enumerate(zip(rows, _labels(rows), strict=True)):
+        drop = _drop(row)
+        assert drop is not None
+        colour = _look(row, theme)[0]
+        axes.hlines(i, drop.low, drop.high, color=colour, linewidth=2.2)
+        _point(axes, drop.mean, i, row, label, theme)
+    add_legend(figure, theme)
+    axes.axvline(0, color=ink, linewidth=1)
+    name_rows(axes, [row.name for row in rows])
+    axes.set_xlabel("top-1 lost against float (95%)")
+    percent_axis(axes.xaxis, 1)
+    top1 = comparison.measured[0].evaluation
+    assert top1 is not None
+    axes.set_title(f"float {top1.top1:.2%}, {comparison.n} test samples", fontsize=10)
+    return figure
+
+
+def plot_drop_against_compression(comparison: Comparison, theme: str = "light") -> Figure:
+    """Draw what each method loses against how much smaller its file is; best is right and low.
+
+    Methods are numbered as in the legend, so that points that lie on each other stay legible.
+
+    Args:
+        comparison: What ``lq.compare`` found.
+        theme: ``light`` or ``dark``.
+    """
+    rows = [row for row in comparison.measured if _drop(row) is not None]
+    size = (rows_size(1)[0], 3.4 + 0.16 * ((len(rows) + 1) // 2))
+    figure, (axes,) = new_figure(size=size, theme=theme)
+    ink, back = theme_of(theme).text, theme_of(theme).background
+    for i, row in enumerate(rows):
+        drop = _drop(row)
+        assert drop is not None
+        colour = _look(row, theme)[0]
+        x = comparison.compression(row)
+        axes.vlines(x, drop.low, drop.high, color=colour, linewidth=1.2, alpha=0.7)
+        label = f"{i + 1}  {row.name}: {x:.2f}x, {100 * drop.mean:+.2f}"
+        _point(axes, x, drop.mean, row, label, theme)
+    _number_points(axes, [(comparison.compression(r), _mean(r)) for r in rows], ink, back)
+    axes.axhline(0, color=ink, linewidth=1)
+    axes.set(xlabel="times as small as the float file", ylabel="top-1 lost against float (95%)")
+    percent_axis(axes.yaxis, 1)
+    add_legend(figure, theme, columns=2)
+    return figure
+
+
+def plot_sizes(comparison: Comparison, theme: str = "light") -> Figure:
+    """Draw the size of each method's file.
+
+    Args:
+        comparison: What ``lq.compare`` found.
+        theme: ``light`` or ``dark``.
+    """
+    rows = comparison.measured
+    values = [row.evaluation.size_mb for row in rows if row.evaluation is not None]
+    labels = [
+        f"{size:.3g} MB, {comparison.compression(row):.2f}x"
+        for size, row in zip(values, rows, strict=True)
+    ]
+    return _bars(rows, values, labels, "MB (10^6 bytes)", "size of the file", theme)
+
+
+def plot_speedups(comparison: Comparison, theme: str = "light") -> Figure:
+    """Draw how many times as fast as float each method's file is, with the 95% interval.
+
+    A panel for each batch size and number of threads that was timed.
+
+    Args:
+        comparison: What ``lq.compare`` found; with times.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: If no times were measured.
+    """
+    rows = [row for row in comparison.measured if row.speedups]
+    if not rows:
+        raise ValueError("Expected a comparison with times, but none were measured.")
+    settings = [(s.batch_size, s.threads) for s in rows[0].speedups]
+    width, height = rows_size(len(rows))
+    figure, panels = new_figure(len(settings), 1, (width, height * len(settings)), theme)
+    for axes, setting in zip(panels, settings, strict=True):
+        _draw_speedups(axes, rows, setting, theme)
+    add_legend(figure, theme)
+    return figure
+
+
+def _draw_speedups(axes: Axes, rows: Sequence[Row], setting: tuple[int, int], theme: str) -> None:
+    ink = theme_of(theme).text
+    for i, (row, label) in enumerate(zip(rows, _labels(rows), strict=True)):
+        found = next((s for s in row.speedups if (s.batch_size, s.threads) == setting), None)
+        if found is not None:
+            colour, hatch = _look(row, theme)[0], HATCHES[_LOOKS[row.kind][1]]
+            draw_bars(axes, [i], [found.ratio], (colour, hatch), theme, label)
+            axes.hlines(i, found.low, found.high, color=ink, linewidth=1.4)
+            end = max(found.high, found.ratio)
+            axes.annotate(
+                f"{found.ratio:.2f}x", (end, i), (4, 0), textcoords="offset points", color=ink,
+                fontsize=SMALL, va="center",
+            )  # fmt: skip
+    axes.axvline(1, color=ink, linewidth=1)
+    axes.margins(x=0.14)
+    axes.set_xlim(left=0)
+    name_rows(axes, [row.name for row in rows])
+    size, threads = setting
+    samples = f"{size} sample{'s' * (size != 1)} at a time"
+    count = f", {threads} thread{'s' * (threads != 1)}" if threads else ""
+    axes.set_title(f"{samples}{count}", fontsize=10)
+    axes.set_xlabel("times as fast as float (95%)")
+
+
+def _bars(
+    rows: Sequence[Row],
+    values: Sequence[float],
+    labels: Sequence[str],
+    axis: str,
+    title: str,
+    theme: str,
+) -> Figure:
+    figure, (axes,) = new_figure(size=rows_size(len(rows)), theme=theme)
+    for i, (row, kind) in enumerate(zip(rows, _labels(rows), strict=True)):
+        look = _look(row, theme)[0], HATCHES[_LOOKS[row.kind][1]]
+        bars = draw_bars(axes, [i], [values[i]], look, theme, kind)
+        axes.bar_label(bars, [labels[i]], padding=4, fontsize=SMALL, color=theme_of(theme).text)
+    axes.margins(x=0.3)
+    axes.set_xlim(left=0)
+    name_rows(axes, [row.name for row in rows])
+    axes.set_xlabel(axis)
+    axes.set_title(title, fontsize=10)
+    add_legend(figure, theme)
+    return figure
+
+
+def _point(axes: Axes, x: float, y: float, row: Row, label: str | None, theme: str) -> None:
+    colour, marker = _look(row, theme)
+    ink = theme_of(theme).text
+    axes.plot(x, y, marker, color=colour, markeredgecolor=ink, markersize=7, label=label)
+
+
+def _labels(rows: Sequence[Row]) -> list[str | None]:
+    """Return what the legend calls the first row of each kind."""
+    kinds = [row.kind for row in rows]
+    return [None if k in kinds[:i] else _NAMES[k] for i, k in enumerate(kinds)]
+
+
+def _number_points(axes: Axes, points: Sequence[tuple[float, float]], ink: str, back: str) -> None:
+    """Write the number of each point beside it; those of points at one place beside each other."""
+    told: dict[tuple[float, float], list[str]] = {}
+    for i, (x, y) in enumerate(points):
+        told.setdefault((round(x, 2), round(y, 4)), []).append(str(i + 1))
+    for (x, y), numbers in told.items():
+        axes.annotate(
+            ",".join(numbers), (x, y), (7, 5), textcoords="offset points", color=ink,
+            fontsize=SMALL, bbox={"facecolor": back, "pad": 0.5, "linewidth": 0, "alpha": 0.7},
+        )  # fmt: skip
+
+
+def _look(row: Row, theme: str) -> tuple[str, str]:
+    place, marker = _LOOKS[row.kind]
+    return theme_of(theme).colours[place], MARKERS[marker]
+
+
+def _drop(row: Row) -> Drop | None:
+    """Return what a row lost; the float model has nothing to be compared with."""
+    evaluation = row.evaluation
+    versus = None if evaluation is None else evaluation.versus
+    return None if versus is None else versus.drop
+
+
+def _mean(row: Row) -> float:
+    drop = _drop(row)
+    assert drop is not None
+    return drop.mean

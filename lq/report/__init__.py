@@ -1,0 +1,6 @@
+"""What was measured, explained: recommendations, pictures, HTML, Markdown."""
+
+from lq.report.advice import USES, check_use, recommend
+from lq.report.write import write_report
+
+__all__ = ["USES", "check_use", "recommend", "write_report"]
