@@ -94,7 +94,6 @@ def test_public_names() -> None:
         "DriftMonitor",
         "Method",
         "compare",
-        "DriftMonitor",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",
