@@ -81,7 +81,8 @@ class Evaluation:
     versus: Versus | None = None
 
     def __str__(self) -> str:
-        time = f"{self.latency_ms:.2f} ms for one sample" if self.latencies else "not timed"
+        timed = not math.isnan(self.latency_ms)
+        time = f"{self.latency_ms:.2f} ms for one sample" if timed else "not timed"
         time = "time simulated" if self.simulated else time
         parts = [f"top-1 {self.top1:.2%}", f"top-5 {self.top5:.2%}", f"loss {self.loss:.4f}"]
         if self.versus is not None:

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from matplotlib.text import Text
 
 import lq
@@ -23,6 +24,9 @@ from lq.plots import (
     plot_speedups,
 )
 from lq.report import recommend, write_report
+from lq.report.choosing import TOLERANCE
+from lq.report.content import Section
+from lq.report.markdown import to_markdown
 from lq.rounding import weight_error
 from lq.sensitivity import LayerSensitivity, Sensitivity
 from lq.timing import Latency
@@ -63,6 +67,7 @@ def row(
         evaluation=dataclasses.replace(evaluation, versus=None) if kind == "float" else evaluation,
         right=pack(own),
         plan=dict(zip(LAYERS, formats, strict=True)),
+        file=f"methods/{name}/model.onnx",
         speedups=()
         if speed is None
         else (Speedup(1, 0, speed[0], speed[0] - speed[1], sum(speed)),),
@@ -115,24 +120,60 @@ def test_takes_the_smallest_at_the_edge() -> None:
     assert said(found, "real_time").startswith("For real time take fast")
 
 
-def test_of_equals_takes_the_cheapest_unless_another_is_measurably_better() -> None:
-    cheap, dear = row("cheap", lost=3, seconds=1.0), row("dear", "qat", seconds=100.0)
-    assert said(comparison(cheap, dear)).startswith("For server take cheap")
-    lossy = dataclasses.replace(row("cheap", lost=6), seconds=1.0)
-    assert lossy.evaluation.versus.drop.high > 0.01  # not good enough
-    assert said(comparison(lossy, dear)).startswith("For server take dear")
+def test_of_equals_takes_the_simplest_unless_another_is_measurably_better() -> None:
+    trained, mixed, theirs = row("q", "qat"), row("m", "mixed"), row("t", "file")
+    repaired, simple = row("r", method={"repair": True}), row("p", lost=1)
+    order = [simple, repaired, mixed, trained, theirs]
+    for i, first in enumerate(order):
+        assert said(comparison(*order[i:][::-1])).startswith(f"For server take {first.name}:")
+    enough = dataclasses.replace(row("p", lost=6), method={"kind": "ptq"})
+    assert enough.lost.low > 0
+    assert enough.lost.high > TOLERANCE
+    assert said(comparison(enough, trained)).startswith("For server take q")
+
+
+def test_keeps_float_where_nothing_is_gained() -> None:
+    slow = comparison(row("a", speed=(0.6, 0.05)))
+    assert said(slow).startswith("For server keep float: the best, a, is not measurably faster.")
+    assert said(slow, "edge").startswith("For edge take a")
+    large = comparison(row("a", size=8.0))
+    assert said(large, "edge").startswith("For edge keep float: the best, a, is not measurably sm")
+
+
+def test_a_gain_is_no_loss() -> None:
+    better = dataclasses.replace(row("a"), right=pack(right(-0)))
+    gained = paired_drop(right(20), right(0))
+    versus = dataclasses.replace(better.evaluation.versus, drop=gained)
+    found = dataclasses.replace(
+        better, evaluation=dataclasses.replace(better.evaluation, versus=versus)
+    )
+    text = said(comparison(found))
+    assert "it gains 2.00 points (95%: +1.11 .. +2.88) of float's" in text
+
+
+def test_what_the_target_does_not_run_is_not_recommended() -> None:
+    simulated = dataclasses.replace(row("int3", size=0.1, speed=None), file="")
+    found = comparison(simulated, row("a"))
+    assert said(found, "edge").startswith("For edge take a")
+    assert found.cells(simulated)[4:6] == ["-", "-"]
+    assert recommend(comparison(simulated)) == []
 
 
 def test_says_what_is_within_noise() -> None:
     text = said(comparison(row("a", lost=1), row("b", lost=2)))
-    assert "Within the noise of 1000 samples as accurate as a: b (differences of at most" in text
-    assert "2 of 2 methods show no difference to float on 1000 samples" in text
+    assert "As accurate as a within the noise of 1000 samples: b (differences of at most" in text
+    assert (
+        "With 1000 samples 2 of 2 methods cannot be told from float: intervals reach up to" in text
+    )
 
 
 def test_says_when_none_is_good_enough() -> None:
     text = said(comparison(row("worse", lost=80), row("bad", lost=40)))
     assert text.startswith("No method is shown to lose at most 1 point; the nearest is bad")
-    assert "Try repair, which takes no training: the best that was only calibrated, bad" in text
+    assert (
+        "Try repair, which takes no training: the best without training or a mix of formats, bad"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,27 +188,38 @@ def test_says_when_none_is_good_enough() -> None:
     ],
 )
 def test_says_what_to_try_next(rows, wanted) -> None:
-    assert f"Try {wanted}: the best that was only calibrated, a, loses 4.00 points" in said(
-        comparison(*rows)
-    )
+    told = f"Try {wanted}: the best without training or a mix of formats, a, loses 4.00 points"
+    assert told in said(comparison(*rows))
+    assert "Try " not in said(comparison(*rows, row("good")))
 
 
 def test_says_when_integers_are_slow() -> None:
     slow = row("int8", speed=(0.7, 0.1))
-    assert "INT8 is slower than float on a processor" in said(comparison(slow, HALF))
+    assert "INT8 is slower than float on a processor: the fastest, int8, is 0.70" in said(
+        comparison(slow, HALF)
+    )
     half = dataclasses.replace(HALF, speedups=(Speedup(1, 0, 3.0, 2.9, 3.1),))
     text = said(comparison(row("int8"), half))
-    assert "INT8 is slower than 16 bits on a processor for 1 sample at a time" in text
-    assert "FP16 3.00x" in text
+    assert "INT8 is slower than 16 bits on a processor: the fastest, int8, is 2.00" in text
+    assert "; FP16 is 3.00x" in text
     unclear = said(comparison(row("int8", speed=(1.05, 0.1))))
-    assert "INT8 is no faster than float within noise: int8 is 1.05x" in unclear
-    assert "INT8 is faster than float" in said(comparison(row("int8"), HALF))
+    assert "INT8 is no faster than float within noise: the fastest, int8, is 1.05" in unclear
+    assert "INT8 is faster than float: the fastest, int8" in said(comparison(row("int8"), HALF))
+
+
+@pytest.mark.parametrize("format", ["fp32", "fp8_e4m3", "int4"])
+def test_other_formats_are_not_called_int8(format) -> None:
+    others = comparison(row("other", "mixed", formats=(format,) * 3, speed=(3.0, 0.1)))
+    assert "INT8" not in said(others)
+    beside = said(comparison(row("int8", speed=(0.7, 0.1)), *others.rows[1:]))
+    assert "the fastest, int8, is 0.70 times as fast" in beside
+    assert "; other is" not in beside
 
 
 def test_says_when_calibration_is_too_small() -> None:
     small = CalibrationSize(32, None, "Not settled: ranges move by 9%; calibrate with more.")
     text = said(comparison(row("a"), explanation=Explanation(calibration=small)))
-    assert "Calibration with 32 samples: not settled: ranges move by 9%" in text
+    assert "Calibration had 32 samples: not settled: ranges move by 9%" in text
 
 
 def test_says_which_layer_to_leave_float() -> None:
@@ -182,10 +234,11 @@ def test_says_which_layer_to_leave_float() -> None:
 
 
 def test_says_when_training_was_too_short() -> None:
-    history = [{"epoch": float(i), "val/top1": v} for i, v in enumerate((0.8, 0.81, 0.85))]
+    history = [{"epoch": float(i), "train/loss": v} for i, v in enumerate((0.8, 0.5, 0.4))]
     text = said(comparison(row("QAT", "qat", history=history)))
-    assert "validation top-1 rose from 81.00% to 85.00% in epoch 3; train longer" in text
-    assert "train longer" not in said(comparison(row("QAT", "qat", history=history[::-1])))
+    assert "the training loss still fell from 0.5 to 0.4 in epoch 3; train longer" in text
+    settled = [*history, {"epoch": 3.0, "train/loss": 0.39}]
+    assert "train longer" not in said(comparison(row("QAT", "qat", history=settled)))
 
 
 def test_every_sentence_has_its_numbers() -> None:
@@ -294,7 +347,24 @@ def test_markdown_shows_pictures_that_are_there(written) -> None:
     for picture in pictures:
         assert (written.parent / picture).stat().st_size > 1000
         assert (written.parent / picture).with_suffix(".svg").is_file()
-    assert "a \\| b" not in text  # a note is no cell
+    assert "mixed &lt;b&gt;: a \\| b" in text
+    assert "gone came to nothing: Expected a file" in text
+
+
+def test_markdown_is_shown_as_it_was_meant() -> None:
+    parts = [Section("T", ["<none> *x* a_b_c"], ["`y` <class 'int'>"], [["a|b"], ["_c_"]])]
+    html = MarkdownIt("commonmark").enable("table").render(to_markdown("Net", parts))
+    for text in ("&lt;none&gt; *x* a_b_c", "`y` &lt;class 'int'&gt;", "a|b", "_c_"):
+        assert text in html
+    assert "<em>" not in html
+
+
+def test_a_report_of_failures_alone(tmp_path) -> None:
+    gone = Row(name="gone", method={"kind": "file"}, failed="Expected a file, but there is none.")
+    text = write_report(comparison(gone), tmp_path).with_name("report.md").read_text()
+    assert "## Recommendations" not in text
+    assert "## Accuracy" not in text
+    assert "Repairs and mixes" not in text
     assert "gone came to nothing: Expected a file" in text
 
 
@@ -327,16 +397,16 @@ def test_numbers_of_points_near_each_other_stand_apart(large) -> None:
 
 
 def test_bars_are_as_long_as_what_was_measured(large) -> None:
-    rows = large.measured
+    rows = large.deployed
     sizes = bars(plot_sizes(large).axes[0])
-    assert [sizes[i] for i in range(len(rows))] == [r.evaluation.size_mb for r in rows]
+    assert [sizes[i] for i in range(len(rows))] == [r.size_mb for r in rows]
     ratios = bars(plot_speedups(large).axes[0])
     assert [ratios[i] for i in range(len(rows))] == [r.speedups[0].ratio for r in rows]
 
 
 def test_intervals_are_drawn_from_end_to_end(large) -> None:
     axes = plot_accuracy(large).axes[0]
-    drops = [r.evaluation.versus.drop for r in large.measured[1:]]
+    drops = [r.lost for r in large.measured[1:]]
     drawn = [tuple(s[:, 0]) for c in axes.collections for s in c.get_segments()]
     assert drawn == [(d.low, d.high) for d in drops]
 

@@ -65,7 +65,13 @@ class Comparison:
         return iter(self.rows)
 
     def __getitem__(self, name: str) -> Row:
-        return {row.name: row for row in self.rows}[name]
+        for row in self.rows:
+            if row.name == name:
+                return row
+        names = [row.name for row in self.rows]
+        raise KeyError(
+            f"Expected a method of the comparison, but got {name!r}; choose from {names}."
+        )
 
     @property
     def measured(self) -> list[Row]:
@@ -73,16 +79,13 @@ class Comparison:
         return [row for row in self.rows if row.evaluation is not None]
 
     @property
-    def size_mb(self) -> float:
-        """Size of the float model's file, in 10^6 bytes."""
-        first = self.rows[0].evaluation
-        assert first is not None
-        return first.size_mb
+    def deployed(self) -> list[Row]:
+        """The rows that have a file, which the target runs."""
+        return [row for row in self.measured if row.file]
 
     def compression(self, row: Row) -> float:
         """Return how many times as small as the float model's file a row's is."""
-        assert row.evaluation is not None
-        return self.size_mb / row.evaluation.size_mb
+        return self.rows[0].size_mb / row.size_mb
 
     def difference(self, row: Row, other: Row) -> Drop:
         """Return how much less often `row` is right than `other`, on the same samples."""
@@ -116,10 +119,12 @@ class Comparison:
             time, faster = f"{latency.p50_ms:.2f}", f"{speedup.ratio:.2f}x"
         drop, agreement = "-", "-"
         if found.versus is not None:
-            lost = found.versus.drop
+            lost = row.lost
             drop = f"{100 * lost.mean:+.2f} ({100 * lost.low:+.2f} .. {100 * lost.high:+.2f})"
             agreement = f"{found.versus.agreement:.2%}"
-        size, smaller = f"{found.size_mb:.3f}", f"{self.compression(row):.2f}x"
+        size, smaller = "-", "-"
+        if row.file:
+            size, smaller = f"{row.size_mb:.3f}", f"{self.compression(row):.2f}x"
         return [row.name, f"{found.top1:.2%}", drop, agreement, size, smaller, time, faster]
 
     def to_dict(self) -> dict[str, Any]:

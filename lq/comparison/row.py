@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lq.comparison.speed import Setting, Speedup
 from lq.evaluation import Evaluation
+from lq.paired import Drop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,30 @@ class Row:
     def kind(self) -> str:
         """Kind of the method; ``float`` for the float model."""
         return str(self.method.get("kind", "float"))
+
+    @property
+    def drop(self) -> Drop | None:
+        """What it loses against float; ``None`` for float itself, and where nothing came of it."""
+        found = self.evaluation
+        return None if found is None or found.versus is None else found.versus.drop
+
+    @property
+    def lost(self) -> Drop:
+        """What it loses against float.
+
+        Raises:
+            ValueError: If it was not compared.
+        """
+        if self.drop is None:
+            raise ValueError(
+                f"Expected a method that was compared with float, but got {self.name}."
+            )
+        return self.drop
+
+    @property
+    def size_mb(self) -> float:
+        """Size of its file, in 10^6 bytes; NaN where there is none."""
+        return math.nan if self.evaluation is None or not self.file else self.evaluation.size_mb
 
     def speedup(self, setting: Setting) -> Speedup | None:
         """Return the speed-up for a batch size and number of threads, if it was timed."""

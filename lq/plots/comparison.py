@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from lq.comparison import Comparison, Row
 from lq.comparison.speed import Setting
-from lq.paired import Drop
 from lq.plots.rows import draw_bars, name_rows, rows_size
 from lq.plots.style import (
     HATCHES,
@@ -43,12 +42,11 @@ def plot_accuracy(comparison: Comparison, theme: str = "light") -> Figure:
         comparison: What ``lq.compare`` found.
         theme: ``light`` or ``dark``.
     """
-    rows = [row for row in comparison.measured if _drop(row) is not None]
+    rows = [row for row in comparison.measured if row.drop is not None]
     figure, (axes,) = new_figure(size=rows_size(len(rows)), theme=theme)
     ink = theme_of(theme).text
     for i, (row, label) in enumerate(zip(rows, _labels(rows), strict=True)):
-        drop = _drop(row)
-        assert drop is not None
+        drop = row.lost
         colour = _look(row, theme)[0]
         axes.hlines(i, drop.low, drop.high, color=colour, linewidth=2.2)
         _point(axes, drop.mean, i, row, label, theme)
@@ -72,13 +70,12 @@ def plot_drop_against_compression(comparison: Comparison, theme: str = "light") 
         comparison: What ``lq.compare`` found.
         theme: ``light`` or ``dark``.
     """
-    rows = [row for row in comparison.measured if _drop(row) is not None]
+    rows = [row for row in comparison.deployed if row.drop is not None]
     size = (rows_size(1)[0], 3.4 + 0.16 * ((len(rows) + 1) // 2))
     figure, (axes,) = new_figure(size=size, theme=theme)
     ink = theme_of(theme).text
     for i, row in enumerate(rows):
-        drop = _drop(row)
-        assert drop is not None
+        drop = row.lost
         colour = _look(row, theme)[0]
         x = comparison.compression(row)
         axes.vlines(x, drop.low, drop.high, color=colour, linewidth=1.2, alpha=0.7)
@@ -88,7 +85,7 @@ def plot_drop_against_compression(comparison: Comparison, theme: str = "light") 
     axes.set(xlabel="times as small as the float file", ylabel="top-1 lost against float (95%)")
     percent_axis(axes.yaxis, 1)
     axes.margins(x=0.1, y=0.1)
-    _number_points(axes, [(comparison.compression(r), _mean(r)) for r in rows], theme)
+    _number_points(axes, [(comparison.compression(r), r.lost.mean) for r in rows], theme)
     add_legend(figure, theme, columns=2)
     return figure
 
@@ -100,8 +97,8 @@ def plot_sizes(comparison: Comparison, theme: str = "light") -> Figure:
         comparison: What ``lq.compare`` found.
         theme: ``light`` or ``dark``.
     """
-    rows = comparison.measured
-    values = [row.evaluation.size_mb for row in rows if row.evaluation is not None]
+    rows = comparison.deployed
+    values = [row.size_mb for row in rows]
     labels = [
         f"{size:.3g} MB, {comparison.compression(row):.2f}x"
         for size, row in zip(values, rows, strict=True)
@@ -244,16 +241,3 @@ def _end(group: Sequence[float], apart: float) -> float:
 def _look(row: Row, theme: str) -> tuple[str, str]:
     place, marker = _LOOKS[row.kind]
     return theme_of(theme).colours[place], MARKERS[marker]
-
-
-def _drop(row: Row) -> Drop | None:
-    """Return what a row lost; the float model has nothing to be compared with."""
-    evaluation = row.evaluation
-    versus = None if evaluation is None else evaluation.versus
-    return None if versus is None else versus.drop
-
-
-def _mean(row: Row) -> float:
-    drop = _drop(row)
-    assert drop is not None
-    return drop.mean

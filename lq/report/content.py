@@ -69,12 +69,13 @@ def sections(comparison: Comparison, use: str) -> Iterator[Section]:
         comparison: What ``lq.compare`` found.
         use: As for ``recommend``.
     """
-    yield Section("Recommendations", points=recommend(comparison, use))
+    if advice := recommend(comparison, use):
+        yield Section("Recommendations", points=advice)
     rows = [comparison.cells(row) for row in comparison.measured]
-    yield Section(
-        "Methods", _measured_how(comparison), _remarks(comparison), [comparison.header(), *rows]
-    )
-    yield Section("Accuracy", pictures=list(_accuracy(comparison)))
+    table = [comparison.header(), *rows]
+    yield Section("Methods", [_measured_how(comparison)], _remarks(comparison), table)
+    if any(row.drop is not None for row in comparison.measured):
+        yield Section("Accuracy", pictures=list(_accuracy(comparison)))
     yield Section("Size and speed", pictures=list(_size_and_speed(comparison)))
     if comparison.sensitivity is not None:
         yield Section("Which layer hurts", pictures=list(_sensitivity(comparison)))
@@ -88,14 +89,19 @@ def sections(comparison: Comparison, use: str) -> Iterator[Section]:
             yield Section(title, pictures=found)
 
 
-def _measured_how(comparison: Comparison) -> list[str]:
-    times = "Times are of files run in turn, round by round. " if _timed(comparison) else ""
-    return [
-        f"All on the same {comparison.n} test samples of {comparison.data or 'the data'}, in "
-        f"{comparison.hardware}. Repairs and mixes of formats were chosen on {comparison.held_out} "
-        f"other samples. Points lost are against float, sample by sample, with the 95% interval of "
-        f"Agresti and Min. {times}Agreement is the share of samples that float predicts the same."
-    ]
+def _measured_how(comparison: Comparison) -> str:
+    told = (
+        f"All on the same {comparison.n} test samples of {comparison.data or 'the data'}, on "
+        f"{comparison.hardware}. Points lost are against float, sample by sample, with their 95% "
+        "interval. Agreement is the share of samples that float predicts the same."
+    )
+    if any(row.kind == "mixed" or row.method.get("repair") for row in comparison.measured):
+        told += f" Repairs and mixes of formats were chosen on {comparison.held_out} other samples."
+    if comparison.settings:
+        told += " Times are medians of files run in turn, round by round."
+    if len(comparison.deployed) < len(comparison.measured):
+        told += " Methods without a size have no file, for the target does not run their formats."
+    return told
 
 
 def _remarks(comparison: Comparison) -> list[str]:
@@ -104,14 +110,14 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 
 def _accuracy(comparison: Comparison) -> Iterator[Picture]:
-    if len(comparison.measured) < 2:
-        return
     yield Picture(
         "accuracy",
         "Points of top-1 that each method loses. An interval across the line shows no difference "
         "to float.",
         partial(plot_accuracy, comparison),
     )
+    if len(comparison.deployed) < 2:
+        return
     yield Picture(
         "drop_against_compression",
         "Points lost against how much smaller the file is: right and low is best.",
@@ -119,13 +125,9 @@ def _accuracy(comparison: Comparison) -> Iterator[Picture]:
     )
 
 
-def _timed(comparison: Comparison) -> bool:
-    return any(row.speedups for row in comparison.measured)
-
-
 def _size_and_speed(comparison: Comparison) -> Iterator[Picture]:
     yield Picture("sizes", "Size of each file.", partial(plot_sizes, comparison))
-    if _timed(comparison):
+    if comparison.settings:
         yield Picture(
             "speedups",
             f"How many times as fast as float each file is in {comparison.hardware}.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 
 from lq.report.content import Section
 
@@ -31,18 +33,14 @@ def to_markdown(title: str, sections: Iterable[Section]) -> str:
 def _lines(section: Section) -> Iterator[str]:
     yield from (f"## {section.title}", "")
     for paragraph in section.text:
-        yield from (paragraph, "")
+        yield from (escaped(paragraph), "")
     if section.table:
         yield from (*_table(section.table), "")
     if section.points:
-        yield from (*(f"- {point}" for point in section.points), "")
+        yield from (*(f"- {escaped(point)}" for point in section.points), "")
     for picture in section.pictures:
-        yield from (
-            f"![{picture.caption}](plots/{picture.name}.png)",
-            "",
-            f"*{picture.caption}*",
-            "",
-        )
+        caption = escaped(picture.caption)
+        yield from (f"![{caption}](plots/{picture.name}.png)", "", f"*{caption}*", "")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -53,4 +51,14 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"
+
+
+def escaped(text: str) -> str:
+    r"""Return text that Markdown shows as it is.
+
+    Example:
+        >>> print(escaped("a_b of <class 'int'> | *"))
+        a\_b of &lt;class 'int'&gt; \| \*
+    """
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(text, quote=False))

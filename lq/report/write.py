@@ -7,7 +7,7 @@ from pathlib import Path
 from lq.comparison import Comparison
 from lq.files import written_whole
 from lq.plots import save_figure
-from lq.report.advice import check_use
+from lq.report.choosing import check_use
 from lq.report.content import sections
 from lq.report.html import to_html
 from lq.report.markdown import to_markdown
