@@ -106,7 +106,7 @@ class Export(L.Callback):
             self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._seen.append(_detached(_as_batch(module, args, kwargs)))
+        self._seen.append(detached(as_batch(module, args, kwargs)))
         if len(self._seen) >= self.batches:
             self._stop()
 
@@ -141,16 +141,17 @@ class Export(L.Callback):
         log.info("Wrote %s", engine)
 
 
-def _as_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return a call's arguments as a batch: all by name where any was."""
     if not kwargs:
         return (args,)
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """Return a copy of the tensors in a batch, on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
-        return {k: _detached(v) for k, v in value.items()}
-    return tuple(_detached(v) for v in value) if isinstance(value, (list, tuple)) else value
+        return {k: detached(v) for k, v in value.items()}
+    return tuple(detached(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -2,56 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import nn
 
 from lq.callbacks.calibration import Calibration
 from lq.callbacks.charts import Charts
+from lq.callbacks.export import as_batch, detached
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.sensitivity_sweep import SensitivitySweep
+from lq.costs import Costs, count_costs
 from lq.plan import PrecisionPlan
 from lq.sensitivity import Sensitivity
 from lq.surgery import quantized_layers
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class Findings:
-    """Shows tables and figures of what other callbacks find, each once."""
+    """Shows tables and figures of what other callbacks find, each once.
 
-    def __init__(self) -> None:
+    Args:
+        charts: What gives them to the loggers.
+    """
+
+    def __init__(self, charts: Charts) -> None:
+        self.charts = charts
         self._shown: list[Any] = []
+        self._costs: Costs | None = None
+        self._batch: Any = None
+        self._hook: Any = None
 
-    def show(self, trainer: L.Trainer, charts: Charts, target: nn.Module | None = None) -> None:
-        """Show what is new: calibrators, sensitivities, and the plan that a target follows."""
-        for found, show in _found(trainer, target):
-            if found is not None and not any(found == shown for shown in self._shown):
-                self._shown.append(found)
-                show(trainer, charts, found)
+    def listen(self, target: nn.Module) -> None:
+        """Take note of the next call of the target, to count what its layers cost."""
+        if self._costs is None and self._batch is None and self._hook is None:
+            self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
+    def stop(self) -> None:
+        """Listen no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
-def _found(
-    trainer: L.Trainer, target: nn.Module | None
-) -> Iterator[tuple[Any, Callable[[L.Trainer, Charts, Any], None]]]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (Calibration, QuantizationAwareTraining)):
-            table = None if callback.ranges is None else callback.ranges.table()
-            yield table, _show_calibrators
-        elif isinstance(callback, SensitivitySweep):
-            yield callback.result, _show_sensitivity
-    if target is not None and quantized_layers(target):
-        yield PrecisionPlan.of(target), _show_plan
+    def show(self, trainer: L.Trainer, target: nn.Module) -> None:
+        """Show what is new: calibrators, sensitivities, and the plan that the target follows."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (Calibration, QuantizationAwareTraining)):
+                if callback.ranges is not None:
+                    self._table(trainer, "calibrators", callback.ranges.table())
+            elif isinstance(callback, SensitivitySweep) and callback.result is not None:
+                self._show_sensitivity(trainer, callback.result)
+        if quantized_layers(target):
+            self._show_plan(trainer, target)
 
+    def _show_sensitivity(self, trainer: L.Trainer, found: Sensitivity) -> None:
+        from lq.plots import plot_sensitivity_heatmap  # which imports matplotlib
 
-def _show_calibrators(trainer: L.Trainer, charts: Charts, table: str) -> None:
-    charts.table(trainer, "calibrators", table)
+        self._table(trainer, "sensitivity", found.table())
+        self._figure(trainer, "sensitivity", found, lambda: plot_sensitivity_heatmap(found))
 
+    def _show_plan(self, trainer: L.Trainer, target: nn.Module) -> None:
+        from lq.plots import plot_plan
 
-def _show_sensitivity(trainer: L.Trainer, charts: Charts, found: Sensitivity) -> None:
-    charts.table(trainer, "sensitivity", found.table())
+        plan = PrecisionPlan.of(target)
+        width = max(map(len, plan))
+        rows = (f"{name:{width}}  {format}" for name, format in plan.items())
+        self._table(trainer, "plan", "\n".join(rows))
+        if self._batch is not None:
+            self._costs, self._batch = count_costs(target, self._batch), None
+        costs = self._costs
+        if costs is not None:
+            self._figure(trainer, "plan", plan, lambda: plot_plan(plan, costs))
 
+    def _table(self, trainer: L.Trainer, tag: str, text: str) -> None:
+        if text not in self._shown:
+            self._shown.append(text)
+            self.charts.table(trainer, tag, text)
 
-def _show_plan(trainer: L.Trainer, charts: Charts, plan: PrecisionPlan) -> None:
-    width = max(map(len, plan))
-    charts.table(trainer, "plan", "\n".join(f"{name:{width}}  {plan[name]}" for name in plan))
+    def _figure(self, trainer: L.Trainer, tag: str, found: Any, draw: Callable[[], Figure]) -> None:
+        if not any(found is shown or found == shown for shown in self._shown):
+            self._shown.append(found)
+            self.charts.figure(trainer, f"{tag}/figure", draw)
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = detached(as_batch(module, args, kwargs))
+        self.stop()

@@ -63,7 +63,8 @@ class QuantizerMonitor(L.Callback):
         self.every_n_steps, self.module = every_n_steps, module
         self.histogram_every_n_steps = histogram_every_n_steps
         self.input_histograms = input_histograms
-        self._charts, self._findings = Charts(), Findings()
+        self._charts = Charts()
+        self._findings = Findings(self._charts)
         self._first: dict[str, Tensor] = {}
         self._has_begun = False
         self._hooks: list[Any] = []
@@ -74,7 +75,7 @@ class QuantizerMonitor(L.Callback):
         target = target_module(pl_module, self.module)
         self._has_begun, self._measured = False, {}
         log_settings(trainer, pl_module, target)
-        self._findings.show(trainer, self._charts, target)
+        self._findings.show(trainer, target)
         found = quantizers(target)
         curves = ["sqnr_db", "clip_rate", "amax", "drift", "dead_channels"]
         curves += ["scale_gradient"] if any(q.spec.learns_range for q in found.values()) else []
@@ -91,6 +92,7 @@ class QuantizerMonitor(L.Callback):
         if not (measures and steps and trainer.loggers and trainer.is_global_zero):
             return
         target = target_module(pl_module, self.module)
+        self._findings.listen(target)
         for name, quantizer in quantizers(target).items():
             if quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated:
                 self._has_begun = True
@@ -129,15 +131,30 @@ class QuantizerMonitor(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what other callbacks found."""
-        self._findings.show(trainer, self._charts)
+        self._findings.show(trainer, target_module(pl_module, self.module))
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """See what a batch is, in a validation on its own."""
+        if trainer.state.fn == "validate":
+            self._findings.listen(target_module(pl_module, self.module))
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """See what a batch is."""
+        self._findings.listen(target_module(pl_module, self.module))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Show what other callbacks found at the end."""
-        self._findings.show(trainer, self._charts, target_module(pl_module, self.module))
+        self._findings.stop()
+        self._findings.show(trainer, target_module(pl_module, self.module))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Stop watching."""
         self._stop()
+        self._findings.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the ranges that drift is measured from."""

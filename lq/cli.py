@@ -22,7 +22,7 @@ from lq.checkpoint import read_checkpoint
 from lq.comparison import Method, compare
 from lq.costs import count_costs
 from lq.data import ImageDataModule
-from lq.export import build_engine, export_onnx
+from lq.export import build_engine, export_onnx, triton_repository
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
 from lq.inspection import command as inspect_command
@@ -41,7 +41,7 @@ KEYWORDS = ("best", "last", "hpc")
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate, sweep, search and export."""
+    """Lightning's Trainer, which can also calibrate, compare, sweep, search and export."""
 
     def export(
         self,
@@ -52,6 +52,7 @@ class Trainer(L.Trainer):
         target: str = "tensorrt",
         engine: bool = True,
         batches: int = 4,
+        serve: str | None = None,
     ) -> None:
         """Export a checkpoint to ONNX and, where a builder is installed, to a TensorRT engine.
 
@@ -63,7 +64,11 @@ class Trainer(L.Trainer):
             target: What will run it: tensorrt, onnxruntime or openvino.
             engine: For tensorrt, build an engine too.
             batches: How many batches the parity check compares.
+            serve: triton writes a model repository for Triton Inference Server beside the file: of
+                the TensorRT engine, or else of the ONNX file.
         """
+        if serve not in (None, "triton"):
+            raise ValueError(f"Expected `serve` to be triton, but got {serve!r}.")
         if ckpt_path is None:
             raise ValueError("Expected a checkpoint to export; give one with --ckpt_path.")
         samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
@@ -78,13 +83,23 @@ class Trainer(L.Trainer):
         print(f"Wrote {path}: {report.summary()}")
         if not quantized_layers(model):
             print("Nothing in it is quantized: the checkpoint is that of a model without a recipe.")
-        if target != "tensorrt" or not engine:
-            return
-        if find_builder() is None:
+        served = Path(path)
+        if target == "tensorrt" and engine:
+            served = self._build_engine(served)
+        if serve is not None:
+            folder = triton_repository(served, Path(path).with_name("triton"))
+            print(f"Serve it: tritonserver --model-repository={folder.parent}")
+
+    @staticmethod
+    def _build_engine(path: Path) -> Path:
+        """Build an engine where a builder is installed; return what a server of NVIDIA's runs."""
+        builder, built = find_builder(), path.with_suffix(".engine")
+        if builder is None:
             print(f"Kept {path} without an engine: {INSTALL}")
-        else:
-            info = build_engine(path, Path(path).with_suffix(".engine"))
-            print(f"Wrote {Path(path).with_suffix('.engine')}: {info.summary()}")
+            return path
+        info = build_engine(path, built)
+        print(f"Wrote {built}: {info.summary()}")
+        return built if builder.__name__ == "tensorrt" else path  # not one of TensorRT-RTX
 
     def calibrate(
         self,

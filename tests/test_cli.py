@@ -165,6 +165,20 @@ def test_export_again_with_other_settings(capsys):
     assert not Path("a.engine").exists()
 
 
+def test_export_for_a_server(capsys):
+    settings = config()
+    cli.main(["fit", *settings])
+    export = ["export", *settings, "--ckpt_path=ckpt/last.ckpt", "--path=out/digits.onnx"]
+    cli.main([*export, "--serve=triton"])
+    # The engine is one of TensorRT-RTX, if any, which the server does not run.
+    assert (
+        Path("out/triton/digits/1/model.onnx").read_bytes() == Path("out/digits.onnx").read_bytes()
+    )
+    assert 'backend: "onnxruntime"' in Path("out/triton/digits/config.pbtxt").read_text()
+    assert "tritonserver --model-repository=out/triton" in capsys.readouterr().out
+    assert "`serve` to be triton" in fails(capsys, [*export, "--serve=litserve"])
+
+
 def test_optimizer_from_the_command_line():
     arguments = ["--model.optimizer=SGD", "--model.optimizer.lr=0.01"]
     cli.main(["fit", *config(), *arguments, "--trainer.fast_dev_run=1"])

@@ -224,6 +224,7 @@ def test_checkpoints_are_methods(model, tmp_path) -> None:
         pytest.param({"methods": {"float": Method("ptq")}}, "another name", id="reserved name"),
         pytest.param({"methods": {"..": Method("ptq")}}, "another name", id="parent folder"),
         pytest.param({"target": "onnxruntim"}, "did you mean 'onnxruntime'", id="target"),
+        pytest.param({"batch_sizes": (0,)}, "`batch_sizes` to be at least 1", id="sizes"),
     ],
 )
 def test_refuses(model, tmp_path, change, message) -> None:
@@ -234,8 +235,37 @@ def test_refuses(model, tmp_path, change, message) -> None:
 def test_refuses_quantized_models_and_batches_that_end(model, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"call lq\.dequantize"):
         run(lq.quantize(digits_cnn(), "tensorrt_int8"), tmp_path)
-    with pytest.raises(ValueError, match="`test`"):
+    with pytest.raises(ValueError, match="`test` to be a list"):
         compare(model, BATCHES, HELD_OUT, iter(TEST), PTQ, tmp_path)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_refuses_empty_data(model, tmp_path, empty) -> None:
+    data = [BATCHES, HELD_OUT, TEST]
+    data[empty] = []
+    with pytest.raises(ValueError, match="to hold at least one batch, but got none"):
+        compare(model, *data, PTQ, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param({"weights": "fp16", "inputs": "fp16"}, id="no integers"),
+        pytest.param("weight_only_int8", id="weights alone"),
+    ],
+)
+def test_recipes_without_ranges_of_inputs(model, tmp_path, recipe) -> None:
+    found = run(model, tmp_path, {"max": Method("ptq")}, recipe=recipe)
+    assert found["max"].evaluation is not None
+    assert found.explanation.calibration is None
+
+
+def test_recipes_and_paths_as_objects(tmp_path) -> None:
+    assert Method("file", path=tmp_path / "m.onnx").to_dict()["path"] == str(tmp_path / "m.onnx")
+    recipe = lq.Recipe.parse("tensorrt_int8")
+    assert json.dumps(Method("ptq", recipe).to_dict()) == json.dumps(
+        Method("ptq", recipe.to_dict()).to_dict()
+    )
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def test_public_names() -> None:
     assert lq.__all__ == sorted(lq.__all__)
     assert set(lq.__all__) == {
         "Comparison",
+        "DriftMonitor",
         "Method",
         "compare",
-        "DriftMonitor",
         "Mode",
         "PrecisionConstraints",
         "PrecisionPlan",

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 import lq
 from lq.comparison import CalibrationSize, Comparison, Explanation, Row, Speedup
@@ -23,7 +25,7 @@ from lq.plots.comparison import (
 from lq.report import recommend, write_report
 from lq.rounding import weight_error
 from lq.sensitivity import LayerSensitivity, Sensitivity
-from tests.plots.looking import bars, overlapping
+from tests.plots.looking import bars, drawn, overlapping
 from tests.plots.zoo import costs_of
 
 N = 1000
@@ -310,6 +312,14 @@ DRAWN = [plot_accuracy, plot_drop_against_compression, plot_sizes, plot_speedups
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_labels_overlap(large, plot, theme) -> None:
     assert overlapping(plot(large, theme)) == []
+
+
+def test_numbers_of_points_near_each_other_stand_apart(large) -> None:
+    figure = plot_drop_against_compression(large)
+    renderer, axes = drawn(figure), figure.axes[0]
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the line
+    assert sorted(int(text.get_text()) for text in axes.texts) == [*range(1, len(boxes) + 1)]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_bars_are_as_long_as_what_was_measured(large) -> None:

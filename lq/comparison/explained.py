@@ -38,7 +38,8 @@ class Explanation:
     """What was looked at besides the methods, with the recipe of those that name none.
 
     Attributes:
-        calibration: Whether there were enough calibration samples; ``None`` without integers.
+        calibration: Whether there were enough calibration samples; ``None`` where inputs have no
+            ranges.
         ranges: Quantizer -> amax by ``max``, one for each channel.
         histograms: What some layers read, with the clip points of the calibrators.
         weights: Weights of some layers, before and after.
@@ -91,7 +92,7 @@ def explain(
     net = quantize(copy.deepcopy(model), recipe)
     if not quantizers(net):
         return Explanation()
-    curve = calibration_curve(net, batches, held_out, progress=progress)
+    size = _calibration_size(net, batches, held_out, progress)
     calibrate(net, batches, progress=progress)
     amax = {name: quantizer.amax for name, quantizer in quantizers(net).items()}
     ranges = {name: x.flatten().tolist() for name, x in amax.items() if x is not None}
@@ -99,8 +100,19 @@ def explain(
     coded = [n for n in layers if n in quantized and quantized[n].weight_quantizer.spec.needs_scale]
     inputs = [name for n in coded if (name := f"{n}.input_quantizer") in ranges]
     return Explanation(
-        CalibrationSize(curve.points[-1].samples, curve.enough, curve.verdict),
+        size,
         ranges,
         list(tensor_histograms(net, batches, inputs).values()),
         [weight_error(quantized[name], name=name) for name in coded],
     )
+
+
+def _calibration_size(
+    model: nn.Module, batches: Iterable[Any], held_out: Iterable[Any], progress: bool
+) -> CalibrationSize | None:
+    """Return whether there are enough samples, ``None`` where only weights have ranges."""
+    ranged = [name for name, quantizer in quantizers(model).items() if quantizer.spec.needs_scale]
+    if all(name.endswith("weight_quantizer") for name in ranged):
+        return None
+    curve = calibration_curve(model, batches, held_out, progress=progress)
+    return CalibrationSize(curve.points[-1].samples, curve.enough, curve.verdict)

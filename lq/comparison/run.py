@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lq.batches import check_repeatable
+from lq.batches import check_batches, check_repeatable
 from lq.comparison.deployment import Deployment
 from lq.comparison.explained import Explanation, explain
 from lq.comparison.kept import fresh_folder, kept
@@ -35,6 +35,7 @@ from lq.samples import count_samples
 from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
 from lq.surgery import quantizers
+from lq.timing import check_sizes
 
 log = logging.getLogger(__name__)
 CHECKED = 2
@@ -105,8 +106,12 @@ def compare(
             f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}; "
             f"{suggest(target, TARGETS)}"
         )
+    check_sizes(batch_sizes, threads)
     for what, part in ("batches", batches), ("held_out", held_out), ("test", test):
+        check_batches(part)
         check_repeatable(part, what)
+        if next(iter(part), None) is None:
+            raise ValueError(f"Expected `{what}` to hold at least one batch, but got none.")
     methods = default_methods(target, train is not None) if methods is None else methods
     for given in methods:
         if given == FLOAT or not given.strip("."):
@@ -135,7 +140,7 @@ class _Lab:
     ) -> None:
         self.maker, self.test, self.folder, self.training = maker, test, folder, training
         self.checked = list(islice(test, CHECKED))
-        self.deployment = Deployment(target, max(map(count_samples, self.checked), default=1))
+        self.deployment = Deployment(target, max(map(count_samples, self.checked)))
         self.costs = count_costs(maker.model, self.checked[0])
         self.outcome: Outcome | None = None
         self.sensitivity: Sensitivity | None = None

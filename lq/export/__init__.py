@@ -3,5 +3,6 @@
 from lq.export.engine import build_engine
 from lq.export.linter import Finding, lint
 from lq.export.to_onnx import export_onnx
+from lq.export.triton import triton_repository
 
-__all__ = ["Finding", "build_engine", "export_onnx", "lint"]
+__all__ = ["Finding", "build_engine", "export_onnx", "lint", "triton_repository"]

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from lq.comparison import Comparison
 from lq.plots import (
+    plot_accuracy,
+    plot_drop_against_compression,
     plot_histogram,
     plot_history,
     plot_plan,
@@ -17,13 +19,9 @@ from lq.plots import (
     plot_sensitivity,
     plot_sensitivity_distribution,
     plot_sensitivity_heatmap,
-    plot_weight_error,
-)
-from lq.plots.comparison import (
-    plot_accuracy,
-    plot_drop_against_compression,
     plot_sizes,
     plot_speedups,
+    plot_weight_error,
 )
 from lq.report.advice import recommend
 

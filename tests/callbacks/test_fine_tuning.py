@@ -69,6 +69,17 @@ def test_does_what_the_same_loop_in_torch_does(parts) -> None:
     assert equal(net.state_dict(), wanted.state_dict())
 
 
+def test_the_copys_recipe_counts(parts) -> None:
+    module, net = parts
+    other = lq.QuantModule(copy.deepcopy(module.model), recipe="onnxruntime_int8", optimizer=sgd)
+    before = copy.deepcopy(other.state_dict())
+    first, second = net, copy.deepcopy(net)
+    fine_tune(module, first, 1, Data(), "cpu")
+    fine_tune(other, second, 1, Data(), "cpu")
+    assert equal(first.state_dict(), second.state_dict())
+    assert equal(other.state_dict(), before)
+
+
 def test_goes_on_after_a_kill(parts, tmp_path, monkeypatch) -> None:
     module, net = parts
     whole, killed = copy.deepcopy(net), copy.deepcopy(net)

@@ -1,5 +1,6 @@
 """Curves, histograms, tables and runs to sort, as TensorBoard reads them."""
 
+import io
 import logging
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -16,6 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
+from torch.utils.tensorboard._utils import figure_to_image
 
 import lq
 from lq.callbacks import (
@@ -23,8 +26,11 @@ from lq.callbacks import (
     OscillationControl,
     QuantizationAwareTraining,
     QuantizerMonitor,
+    SensitivitySweep,
 )
 from lq.data import DigitsDataModule
+from lq.plan import PrecisionPlan
+from lq.plots import plot_plan, plot_sensitivity_heatmap
 from lq.quantizer_health import quantizer_health
 from tests.lit import LitSmall, autoencoder, loader, trainer, with_ranges
 
@@ -33,7 +39,7 @@ FIGURES = {"sqnr_db", "clip_rate", "dead_channels", "scale", "amax", "drift"}
 
 
 def events_of(logger):
-    return EventAccumulator(logger.log_dir, {"tensors": 0, "histograms": 0}).Reload()
+    return EventAccumulator(logger.log_dir, {"tensors": 0, "histograms": 0, "images": 0}).Reload()
 
 
 def fit(folder, monitor, module=None, extra=(), recipe="tensorrt_int8", **kwargs):
@@ -178,6 +184,39 @@ def test_tables_of_calibrators_and_of_the_plan(tmp_path):
     assert calibrators.replace("    ", "", 1).startswith("quantizer")
     assert all(line.strip() in calibrators for line in qat.ranges.table().splitlines())
     assert "encoder.0  int8" in plan
+
+
+def pictures(events, tag):
+    return [Image.open(io.BytesIO(e.encoded_image_string)) for e in events.Images(tag)]
+
+
+def test_the_plan_as_a_figure(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    qat = QuantizationAwareTraining("int8_fp16_fallback", calibration_batches=1)
+    run = trainer(tmp_path, [QuantizerMonitor(), qat], logger=logger, limit_train_batches=2)
+    module = lq.QuantModule("lq.models.digits_cnn", recipe="int8_fp16_fallback")
+    run.fit(module, datamodule=DigitsDataModule())
+    (shown,) = pictures(events_of(logger), "plan/figure")
+    batch = next(iter(DigitsDataModule().calibration_dataloader()))
+    plan = PrecisionPlan.of(module.model)
+    assert len(set(plan.values())) > 1
+    expected = figure_to_image(plot_plan(plan, lq.count_costs(module.model, batch)))
+    assert np.array_equal(np.asarray(shown.convert("RGB")), expected.transpose(1, 2, 0)[..., :3])
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_sensitivities_as_a_table_and_a_figure(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    sweep = SensitivitySweep(tmp_path / "s.json", ("int8", "fp16"), batches=1)
+    run = trainer(tmp_path, [QuantizerMonitor(), sweep], logger=logger)
+    module = lq.QuantModule("lq.models.digits_cnn", recipe=None)
+    run.validate(module, DigitsDataModule(), verbose=False)
+    events = events_of(logger)
+    (shown,) = pictures(events, "sensitivity/figure")
+    expected = figure_to_image(plot_sensitivity_heatmap(sweep.result))
+    assert np.array_equal(np.asarray(shown.convert("RGB")), expected.transpose(1, 2, 0)[..., :3])
+    assert "sensitivity/text_summary" in events.Tags()["tensors"]
+    assert not any(m._forward_pre_hooks for m in module.modules())
 
 
 def test_the_layout_groups_the_curves_there_are(tmp_path):
