@@ -23,6 +23,7 @@ from lq.plots.style import (
     theme_of,
 )
 from lq.sensitivity import CLASSES, LayerSensitivity, Sensitivity, sensitivity_classes
+from lq.sensitivity.classes import check_whole
 
 METRIC_NAMES = {
     "top1": "top-1 lost",
@@ -103,7 +104,11 @@ def plot_sensitivity_distribution(sensitivity: Sensitivity, theme: str = "light"
     Args:
         sensitivity: What a sweep found.
         theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: If only weights or inputs were swept.
     """
+    check_whole(sensitivity)
     figure, (axes,) = new_figure(theme=theme)
     lowest = math.inf
     for i, format in enumerate(sensitivity.formats):
@@ -128,7 +133,11 @@ def plot_sensitivity_heatmap(sensitivity: Sensitivity, theme: str = "light") -> 
     Args:
         sensitivity: What a sweep found.
         theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: If only weights or inputs were swept.
     """
+    check_whole(sensitivity)
     units, formats, metric = sensitivity.layers, sensitivity.formats, sensitivity.metric
     found = {(r.layer, r.format): r.cost(metric) for r in sensitivity if r.part == "both"}
     costs = np.array([[found.get((u, f), math.nan) for f in formats] for u in units])

@@ -105,6 +105,12 @@ def test_what_was_not_swept() -> None:
         plot_sensitivity(sweep_of(SMALL), top=0)
 
 
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda f: f.__name__)
+def test_parts_alone(plot) -> None:
+    with pytest.raises(ValueError, match="but got weights alone; sweep them with parts"):
+        plot(sweep_with({"a": 0.5}, part="weights"))
+
+
 def test_more_formats_and_layers_than_fit_one_page() -> None:
     formats = ("int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3", "bf16", "fp16")
     for units in (SMALL, [f"layers.{i}.attention.projection" for i in range(400)]):
