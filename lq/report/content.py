@@ -184,7 +184,7 @@ def _weights(comparison: Comparison) -> Iterator[Picture]:
 
 def _training(comparison: Comparison) -> Iterator[Picture]:
     for i, row in enumerate(comparison.measured):
-        if row.history:
+        if len(row.history) > 1:
             yield Picture(
                 f"training_{i}", f"Training of {row.name}.", partial(plot_history, row.history)
             )
