@@ -24,15 +24,28 @@ class History(L.Callback):
     """Keeps what is logged for each epoch, also through a resumed fit.
 
     Attributes:
-        rows: For each epoch its number as ``epoch``, and the mean of each metric.
+        rows: For each epoch its number as ``epoch``, each metric, and the mean of the batches'
+            losses as ``train/loss``.
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Take note of a loss: what is logged by step is at the end that of the last batch."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of an epoch, after its validation."""
         found = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        if self._losses:
+            found["train/loss"] = float(torch.stack(self._losses).mean())
+        self._losses = []
         self.rows.append({"epoch": float(trainer.current_epoch), **found})
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +99,7 @@ def fine_tune(
                 enable_version_counter=False,
             )
         )
+    trained.train()  # a validation, or whoever measured the module, has set it to eval
     tuner = L.Trainer(
         max_epochs=epochs,
         accelerator=accelerator,

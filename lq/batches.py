@@ -38,10 +38,11 @@ def check_repeatable(batches: Iterable[Any], name: str) -> None:
 
 
 def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with which a batch calls a model, on the model's device.
+    """Return the arguments with which a batch calls a model, copied to the model's device.
 
     A tensor is the input; a sequence is inputs followed by the target, which is dropped; a
-    mapping gives keyword arguments, less labels that ``forward`` does not take.
+    mapping gives keyword arguments, less labels that ``forward`` does not need. They are copies,
+    for a model may change its inputs in place.
 
     Example:
         >>> model_inputs(nn.Identity(), (torch.ones(2), torch.zeros(2)))[0]
@@ -50,7 +51,8 @@ def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
         taken = inspect.signature(model.forward).parameters
-        named = {k: v for k, v in batch.items() if k not in _TARGETS or k in taken}
+        needed = {name for name, p in taken.items() if p.default is p.empty}
+        named = {k: v for k, v in batch.items() if k not in _TARGETS or k in needed}
         return (), {k: _to(v, device) for k, v in named.items()}
     if isinstance(batch, (list, tuple)):
         if not batch:
@@ -63,7 +65,7 @@ def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -287,7 +287,7 @@ class Trainer(L.Trainer):
             return fine_tune(model, net, epochs, datamodule, kind, None, folder, validate=True)
 
         found = compare(
-            dequantize(model.model).eval(),
+            dequantize(model.model),
             samples,
             datamodule.val_dataloader(),
             datamodule.test_dataloader(),

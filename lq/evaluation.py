@@ -19,9 +19,11 @@ from lq.engines.torch_runner import TorchRunner
 from lq.outcome import Outcome, OutcomeMeter
 from lq.paired import Drop
 from lq.peak_memory import peak_memory
+from lq.sensitivity.plain import to_plain
 from lq.tables import aligned
 from lq.timing import Latency, check_sizes, of_size, time_runs
 
+_MAYBE_NAN = ("latency_ms", "loss", "calibration_error")
 _CPU = nn.Module()
 """Stands for the model where there is none: inputs of files stay on the CPU."""
 
@@ -79,15 +81,17 @@ class Evaluation:
     versus: Versus | None = None
 
     def __str__(self) -> str:
-        time = "time simulated" if self.simulated else f"{self.latency_ms:.2f} ms for one sample"
+        time = f"{self.latency_ms:.2f} ms for one sample" if self.latencies else "not timed"
+        time = "time simulated" if self.simulated else time
         parts = [f"top-1 {self.top1:.2%}", f"top-5 {self.top5:.2%}", f"loss {self.loss:.4f}"]
         if self.versus is not None:
             parts += [str(self.versus.drop), f"agreement {self.versus.agreement:.2%}"]
         return f"{self.engine}: {', '.join(parts)}, {self.n} samples; {time}, {self.size_mb:.3f} MB"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values; ``from_dict`` gives it back."""
-        return dataclasses.asdict(self)
+        """Return everything as plain values, strict JSON's; ``from_dict`` gives it back."""
+        plain: dict[str, Any] = to_plain(dataclasses.asdict(self))
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -97,7 +101,8 @@ class Evaluation:
         if versus is not None:
             drops = {int(c): drop for c, drop in versus["class_drops"].items()}
             versus = Versus(versus["agreement"], Drop(**versus["drop"]), drops)
-        return cls(**{**values, "latencies": latencies, "versus": versus})
+        numbers = {name: float(values[name]) for name in _MAYBE_NAN if name in values}
+        return cls(**{**values, **numbers, "latencies": latencies, "versus": versus})
 
 
 def evaluate(
@@ -135,6 +140,7 @@ def evaluate(
         >>> round(result.top1, 3), result.top5, result.n
         (0.667, 1.0, 3)
     """
+    check_sizes(batch_sizes, threads)
     return evaluate_outcome(model, batches, engine, reference, batch_sizes, threads, progress)[0]
 
 
@@ -147,9 +153,11 @@ def evaluate_outcome(
     threads: Sequence[int] = (0,),
     progress: bool = True,
 ) -> tuple[Evaluation, Outcome]:
-    """Do what ``evaluate`` does, and return also what the model says of each sample."""
+    """Do what ``evaluate`` does, and return also what the model says of each sample.
+
+    Without `batch_sizes` nothing is timed, and the latency is NaN.
+    """
     check_batches(batches)
-    check_sizes(batch_sizes, threads)
     if reference is not None and not isinstance(reference, Outcome):
         check_repeatable(batches, "batches")
         reference = outcome_of(open_engine(reference), batches, progress)
@@ -160,7 +168,9 @@ def evaluate_outcome(
     asked = [(size, count) for count in threads for size in batch_sizes]
     with peak_memory() as peak:
         runner = open_engine(model, engine, threads[0])
-        latencies = [_timed(runner, first, *asked[0])]
+        latencies = [_timed(runner, first, *setting) for setting in asked[:1]]
+        if not asked:
+            outcome_of(runner, [first], progress=False)
     for size, count in asked[1:]:
         latencies.append(_timed(open_engine(model, engine, count), first, size, count))
     outcome = outcome_of(runner, chain([first], rest), progress)
@@ -169,7 +179,7 @@ def evaluate_outcome(
         top1=outcome.top1,
         top5=outcome.top5,
         n=len(outcome.target),
-        latency_ms=latencies[0].p50_ms,
+        latency_ms=latencies[0].p50_ms if latencies else math.nan,
         size_mb=runner.size_mb,
         simulated=runner.simulates,
         loss=outcome.loss,

@@ -144,7 +144,9 @@ def compare_engine(model: nn.Module, engine: Runner, batches: Iterable[Any]) -> 
     with eval_mode(model), quantizer_mode(model, Mode.QUANTIZE):
         for batch in batches:
             args, kwargs = model_inputs(model, batch)
-            comparison.add(tensors(model(*args, **kwargs)), engine.run(*args, **kwargs))
+            expected = tensors(model(*args, **kwargs))
+            args, kwargs = model_inputs(model, batch)  # the model may have changed them
+            comparison.add(expected, engine.run(*args, **kwargs))
     return ParityReport(**dataclasses.asdict(comparison.result()), cast_through=engine.simulates)
 
 
@@ -158,4 +160,5 @@ def _recorded(
             args, kwargs = model_inputs(model, batch)
             with Recorder(model, layers) as recorder:
                 expected = tensors(model(*args, **kwargs))
+            args, kwargs = model_inputs(model, batch)  # the model may have changed them
             yield args, kwargs, expected, recorder

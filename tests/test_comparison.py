@@ -44,7 +44,7 @@ def compared(model, tmp_path_factory) -> tuple[Comparison, object]:
     folder = tmp_path_factory.mktemp("comparison")
 
     def train(net: nn.Module, epochs: int, own) -> list[dict[str, float]]:
-        assert own == folder / "QAT"
+        assert own == folder / "methods" / "QAT"
         return [{"epoch": float(i), "train/loss": 1.0 / (i + 1)} for i in range(epochs)]
 
     methods = {
@@ -68,12 +68,12 @@ def predictions(path) -> np.ndarray:
 def test_rows_are_what_the_files_do(compared) -> None:
     found, folder = compared
     target = torch.cat([t for _, t in TEST]).numpy()
-    truth = predictions(found["float"].file) == target
+    truth = predictions(folder / found["float"].file) == target
     for name in ("float", "max", "mse", "QAT"):
-        right = predictions(found[name].file) == target
+        right = predictions(folder / found[name].file) == target
         assert found[name].evaluation.top1 == right.mean()
         np.testing.assert_array_equal(unpack(found[name].right, found.n).numpy(), right)
-        assert found[name].evaluation.size_mb * 1e6 == (folder / name / "model.onnx").stat().st_size
+        assert found[name].evaluation.size_mb * 1e6 == (folder / found[name].file).stat().st_size
         if name != "float":
             lost = found[name].evaluation.versus.drop.mean
             assert lost == pytest.approx(truth.mean() - right.mean())
@@ -81,7 +81,7 @@ def test_rows_are_what_the_files_do(compared) -> None:
 
 
 def test_each_kind_gives_its_model(compared) -> None:
-    found, _ = compared
+    found, folder = compared
     assert set(found["FP16"].plan.values()) == {"fp16"}
     assert not found["FP16"].is_integer
     assert found["max"].is_integer
@@ -89,7 +89,7 @@ def test_each_kind_gives_its_model(compared) -> None:
     assert found["repaired"].note.startswith("Repairs: ")
     assert found.sensitivity is not None
     assert found.compression(found["mixed"]) > 1.5
-    assert dict(PrecisionPlan.of(found["mixed"].file)) == found["mixed"].plan
+    assert dict(PrecisionPlan.of(folder / found["mixed"].file)) == found["mixed"].plan
 
 
 def test_what_came_to_nothing_says_why(compared) -> None:
@@ -173,9 +173,101 @@ def test_other_weights_are_compared_anew(model, tmp_path, monkeypatch) -> None:
     assert first["max"].right != second["max"].right
 
 
+class Shrinks(nn.Module):
+    """Changes its inputs in place; what it computes with them, neither weights nor repr tell."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.by, self.net = by, digits_cnn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.mul_(self.by)) if self.by > 0 else self.net(x) * self.by
+
+
+def test_inputs_changed_in_place_do_not_change_the_users_data(tmp_path) -> None:
+    before = [x.clone() for x, _ in (*BATCHES, *HELD_OUT, *TEST)]
+    found = run(Shrinks(0.5).eval(), tmp_path)
+    assert all(
+        torch.equal(a, b) for a, (b, _) in zip(before, (*BATCHES, *HELD_OUT, *TEST), strict=True)
+    )
+    assert found["max"].evaluation is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: Shrinks(-1.0).eval(), id="code"),
+        pytest.param(lambda: Shrinks(1.0).eval().apply(_tanh), id="activation"),
+    ],
+)
+def test_other_models_of_the_same_weights_are_compared_anew(tmp_path, other) -> None:
+    run(Shrinks(1.0).eval(), tmp_path)
+    found, alone = (run(other(), folder) for folder in (tmp_path, tmp_path.with_name("alone")))
+    assert [row.right for row in found] == [row.right for row in alone]
+
+
+def _tanh(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.Tanh())
+
+
+def test_a_moved_folder_goes_on(model, tmp_path, monkeypatch) -> None:
+    run(model, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.setattr(Maker, "make", lambda *args: pytest.fail("made again"))
+    monkeypatch.chdir(tmp_path)
+    found = run(model, "b")
+    assert (tmp_path / "b" / found["max"].file).is_file()
+
+
+def test_killed_while_a_folder_was_begun(model, tmp_path) -> None:
+    (tmp_path / "methods" / "max").mkdir(parents=True)
+    (tmp_path / "methods" / "max" / ".begun.123.json").write_text("{")
+    assert run(model, tmp_path)["max"].evaluation is not None
+
+
+def test_a_file_of_one_batch_size(model, tmp_path) -> None:
+    fixed = tmp_path / "fixed.onnx"
+    lq.export_onnx(model, TEST[0], fixed, "onnxruntime", dynamic_batch=False)
+    methods = {"fixed": Method("file", path=fixed), **PTQ}
+    found = run(model, tmp_path / "out", methods, batch_sizes=(1, 32))
+    assert found["fixed"].evaluation.top1 == found["float"].evaluation.top1
+    assert [s.batch_size for s in found["fixed"].speedups] == [32]
+    assert found.settings == [(1, 0), (32, 0)]
+    assert found.cells(found["fixed"])[-2:] == ["-", "-"]  # the table is of batch 1
+    assert found.header()[-2] == "ms, batch 1"
+
+
+def test_nothing_is_timed_where_times_say_nothing(model, tmp_path) -> None:
+    found = run(model, tmp_path, target="tensorrt")
+    assert 'latency_ms": "nan"' in (tmp_path / "comparison.json").read_text()
+    assert all(not row.speedups and not row.evaluation.latencies for row in found)
+    assert found.cells(found["max"])[-2:] == ["-", "-"]
+
+
+def test_mappings_whose_labels_a_model_can_take(tmp_path) -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = digits_cnn()
+
+        def forward(self, image: torch.Tensor, labels: torch.Tensor | None = None):
+            logits = self.net(image)
+            if labels is None:
+                return {"logits": logits}
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    torch.manual_seed(0)
+    data = [[{"image": x, "labels": y} for x, y in part] for part in (BATCHES, HELD_OUT, TEST)]
+    found = compare(Labelled().eval(), *data, PTQ, tmp_path, progress=False)
+    assert found["max"].evaluation.n == 64
+
+
 def test_files_of_the_user_are_left_alone(model, tmp_path) -> None:
-    own = tmp_path / "max" / "thesis.txt"
-    own.parent.mkdir()
+    own = tmp_path / "methods" / "max" / "thesis.txt"
+    own.parent.mkdir(parents=True)
     own.write_text("years of work")
     with pytest.raises(ValueError, match="holds other files; name another `folder`"):
         run(model, tmp_path)
@@ -223,6 +315,7 @@ def test_checkpoints_are_methods(model, tmp_path) -> None:
     [
         pytest.param({"methods": {"float": Method("ptq")}}, "another name", id="reserved name"),
         pytest.param({"methods": {"..": Method("ptq")}}, "another name", id="parent folder"),
+        pytest.param({"methods": {"x" * 300: Method("ptq")}}, "another name", id="long"),
         pytest.param({"target": "onnxruntim"}, "did you mean 'onnxruntime'", id="target"),
         pytest.param({"batch_sizes": (0,)}, "`batch_sizes` to be at least 1", id="sizes"),
     ],
@@ -321,7 +414,7 @@ def test_functions_are_called_in_turn() -> None:
 
 def test_what_an_engine_does_not_run_is_left_out(compared, caplog) -> None:
     _, folder = compared
-    files = {name: folder / name / "model.onnx" for name in ("float", "max")}
+    files = {name: folder / "methods" / name / "model.onnx" for name in ("float", "max")}
     fixed = folder.with_name("fixed.onnx")
     lq.export_onnx(digits_cnn().eval(), TEST[0][0][:4], fixed, "onnxruntime", dynamic_batch=False)
     speeds = measure_speed(

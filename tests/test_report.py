@@ -16,7 +16,7 @@ from lq.comparison.row import pack
 from lq.costs import Costs, LayerCost
 from lq.evaluation import Evaluation, Versus
 from lq.paired import paired_drop
-from lq.plots.comparison import (
+from lq.plots import (
     plot_accuracy,
     plot_drop_against_compression,
     plot_sizes,
@@ -25,6 +25,7 @@ from lq.plots.comparison import (
 from lq.report import recommend, write_report
 from lq.rounding import weight_error
 from lq.sensitivity import LayerSensitivity, Sensitivity
+from lq.timing import Latency
 from tests.plots.looking import bars, drawn, overlapping
 from tests.plots.zoo import costs_of
 
@@ -52,8 +53,9 @@ def row(
     own, reference = right(lost), right(0)
     versus = Versus(1 - lost / N, paired_drop(reference, own), {})
     evaluation = Evaluation(
-        "ONNX Runtime", float(own.float().mean()), 1.0, N, 1.0, size, False, versus=versus
-    )
+        "ONNX Runtime", float(own.float().mean()), 1.0, N, 1.0, size, False, versus=versus,
+        latencies=() if speed is None else (Latency(1, 0, 1.0, 1.0, 1.0, 20),),
+    )  # fmt: skip
     settings = {"kind": kind, **more.pop("method", {})}
     return Row(
         name=name,
@@ -201,7 +203,9 @@ def test_every_sentence_has_its_numbers() -> None:
 
 
 def test_without_times_nothing_is_said_of_speed() -> None:
-    text = said(comparison(row("a", speed=None), row("b", lost=1, speed=None)))
+    untimed = row("float", "float", size=4.0, speed=None, formats=("fp32",) * 3)
+    found = comparison(row("a", speed=None), row("b", lost=1, speed=None))
+    text = said(dataclasses.replace(found, rows=[untimed, *found.rows[1:]]))
     assert "times as fast" not in text
     assert "INT8 is" not in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from lq.files import written_whole
 
 Plain = dict[str, Any]
+BEGUN = "begun.json"
+"""Says on which terms a folder was begun."""
 
 
 def kept(
@@ -42,21 +45,24 @@ def kept(
     return made
 
 
-def fresh_folder(folder: Path, terms: Any) -> None:
-    """Empty a folder that was begun on other terms; a killed run goes on with what is in it.
-
-    Raises:
-        ValueError: If it holds something else.
-    """
-    begun = folder / "begun.json"
-    if not begun.is_file() and folder.exists() and any(folder.iterdir()):
+def check_own(folder: Path) -> None:
+    """Raise a ``ValueError`` if a folder holds what no comparison has put there."""
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if BEGUN not in files and any(not name.startswith(".") for name in files):
         raise ValueError(
             f"Expected {str(folder)!r} to be empty or of a comparison, but it holds other files; "
             "name another `folder`."
         )
-    if _read(begun).get("key") != _key(terms):
-        shutil.rmtree(folder, ignore_errors=True)
-        kept(begun, terms, dict, bool)
+
+
+def fresh_folder(folder: Path, terms: Any) -> None:
+    """Empty a folder that was begun on other terms; a killed run goes on with what is in it."""
+    if _read(folder / BEGUN).get("key") != _key(terms):
+        if folder.is_dir():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}")
+            folder.rename(old)  # at once, so that no kill leaves a part of it
+            shutil.rmtree(old, ignore_errors=True)
+        kept(folder / BEGUN, terms, dict, bool)
 
 
 def _key(terms: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lq.comparison.explained import Explanation
 from lq.comparison.row import Row, unpack
+from lq.comparison.speed import Setting
 from lq.costs import Costs
 from lq.files import written_whole
 from lq.paired import Drop, paired_drop
@@ -87,19 +88,32 @@ class Comparison:
         """Return how much less often `row` is right than `other`, on the same samples."""
         return paired_drop(unpack(other.right, self.n), unpack(row.right, self.n))
 
+    @property
+    def settings(self) -> list[Setting]:
+        """Batch sizes and threads that were timed."""
+        return [speedup.setting for speedup in self.rows[0].speedups]
+
     def table(self) -> str:
         """Return the rows as text."""
-        header = ["", "top-1", "drop (95%)", "agreement", "MB", "smaller", "ms", "speed-up"]
-        lines = [header, *(self.cells(row) for row in self.measured)]
+        lines = [self.header(), *(self.cells(row) for row in self.measured)]
         failed = [f"{row.name}: {row.failed}" for row in self.rows if row.failed]
         return "\n".join([aligned(lines), *failed])
+
+    def header(self) -> list[str]:
+        """Return what a table shows of each row; times are of the first setting."""
+        size = f", batch {self.settings[0][0]}" if self.settings else ""
+        header = ["method", "top-1", "points lost (95%)", "agreement", "MB", "smaller"]
+        return [*header, f"ms{size}", "faster"]
 
     def cells(self, row: Row) -> list[str]:
         """Return what a table shows of a row that was measured; ``-`` is what was not."""
         found = row.evaluation
         assert found is not None
-        time = f"{found.latencies[0].p50_ms:.2f}" if found.latencies else "-"
-        faster = f"{row.speedups[0].ratio:.2f}x" if row.speedups else "-"
+        time, faster = "-", "-"
+        speedup = row.speedup(self.settings[0]) if self.settings else None
+        if speedup is not None:
+            latency = found.latencies[row.speedups.index(speedup)]
+            time, faster = f"{latency.p50_ms:.2f}", f"{speedup.ratio:.2f}x"
         drop, agreement = "-", "-"
         if found.versus is not None:
             lost = found.versus.drop

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lq.comparison.speed import Speedup
+from lq.comparison.speed import Setting, Speedup
 from lq.evaluation import Evaluation
 
 
@@ -26,12 +26,11 @@ class Row:
         evaluation: Accuracy, size and latency; ``None`` if the method came to nothing.
         right: Which test samples it is right on, as ``pack`` writes them.
         plan: Layer -> format, read from the file; empty if it cannot be told.
-        size_mb: Size of the exported file, or of the weights where there is none, in 10^6 bytes.
         speedups: How many times as fast as the float model it is.
         history: Of training, a row of figures for each epoch.
         seconds: How long it took to make.
-        file: The exported file, by its path in the folder of the comparison; empty if there is
-            none.
+        file: The file that was measured, by its path from the folder of the comparison; empty if
+            there is none.
         note: What else there is to say of it.
         failed: Why it came to nothing, in one line.
     """
@@ -53,6 +52,10 @@ class Row:
         """Kind of the method; ``float`` for the float model."""
         return str(self.method.get("kind", "float"))
 
+    def speedup(self, setting: Setting) -> Speedup | None:
+        """Return the speed-up for a batch size and number of threads, if it was timed."""
+        return next((s for s in self.speedups if s.setting == setting), None)
+
     @property
     def is_integer(self) -> bool:
         """Whether any of its layers computes in a format other than 16 or 32 bit floats."""
@@ -60,7 +63,8 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; ``from_dict`` gives it back."""
-        return dataclasses.asdict(self)
+        own = self.evaluation
+        return {**dataclasses.asdict(self), "evaluation": None if own is None else own.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:

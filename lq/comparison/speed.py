@@ -22,6 +22,8 @@ from lq.timing import Latency, interleaved, latency_of, of_size
 
 log = logging.getLogger(__name__)
 _Z = 1.959964
+Setting = tuple[int, int]
+"""Batch size, and threads."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Speedup:
     low: float
     high: float
 
+    @property
+    def setting(self) -> Setting:
+        """Batch size and threads."""
+        return self.batch_size, self.threads
+
     def __str__(self) -> str:
         return f"{self.ratio:.2f}x (95%: {self.low:.2f} .. {self.high:.2f})"
 
@@ -60,7 +67,7 @@ def measure_speed(
     """Time files in turn, round by round, and return latencies and speed-ups of each.
 
     What an engine does not run at a size or with a number of threads is left out, with a log
-    message.
+    message; where that is the float model, the whole setting. A TensorRT engine has no threads.
 
     Args:
         files: Name -> file; the first is the float model.
@@ -76,12 +83,11 @@ def measure_speed(
         runs = {
             name: run for name in files if (run := _run(files[name], batch, engine, size, count))
         }
-        times = interleaved(runs)
-        first = times.get(next(iter(files)))
+        reference = next(iter(files))
+        times = interleaved(runs) if reference in runs else {}
         for name, own in times.items():
-            if first is not None:
-                pair = latency_of(own, size, count), speedup(first, own, size, count)
-                found[name].append(pair)
+            pair = latency_of(own, size, count), speedup(times[reference], own, size, count)
+            found[name].append(pair)
     return {
         name: (tuple(latency for latency, _ in pairs), tuple(ratio for _, ratio in pairs))
         for name, pairs in found.items()
@@ -108,7 +114,9 @@ def _opened(path: Path, engine: str | None, threads: int) -> Runner:
     if path.suffix == ".onnx" and engine in (None, "onnxruntime"):
         # 16-bit layers as ONNX Runtime runs them, without the rounding that makes results exact.
         return OnnxRuntimeRunner.timed(load_graph(path), threads=threads)
-    return open_engine(path, engine if path.suffix == ".onnx" else None, threads)
+    if path.suffix == ".onnx":
+        return open_engine(path, engine, threads)
+    return open_engine(path)
 
 
 def speedup(

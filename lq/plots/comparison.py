@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lq.comparison import Comparison, Row
+from lq.comparison.speed import Setting
 from lq.paired import Drop
 from lq.plots.rows import draw_bars, name_rows, rows_size
 from lq.plots.style import (
@@ -120,10 +121,9 @@ def plot_speedups(comparison: Comparison, theme: str = "light") -> Figure:
     Raises:
         ValueError: If no times were measured.
     """
-    rows = [row for row in comparison.measured if row.speedups]
-    if not rows:
+    rows, settings = [row for row in comparison.measured if row.speedups], comparison.settings
+    if not settings:
         raise ValueError("Expected a comparison with times, but none were measured.")
-    settings = [(s.batch_size, s.threads) for s in rows[0].speedups]
     width, height = rows_size(len(rows))
     figure, panels = new_figure(len(settings), 1, (width, height * len(settings)), theme)
     for axes, setting in zip(panels, settings, strict=True):
@@ -132,10 +132,10 @@ def plot_speedups(comparison: Comparison, theme: str = "light") -> Figure:
     return figure
 
 
-def _draw_speedups(axes: Axes, rows: Sequence[Row], setting: tuple[int, int], theme: str) -> None:
+def _draw_speedups(axes: Axes, rows: Sequence[Row], setting: Setting, theme: str) -> None:
     ink = theme_of(theme).text
     for i, (row, label) in enumerate(zip(rows, _labels(rows), strict=True)):
-        found = next((s for s in row.speedups if (s.batch_size, s.threads) == setting), None)
+        found = row.speedup(setting)
         if found is not None:
             colour, hatch = _look(row, theme)[0], HATCHES[_LOOKS[row.kind][1]]
             draw_bars(axes, [i], [found.ratio], (colour, hatch), theme, label)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lq.comparison import Comparison, Row, Speedup
+from lq.comparison.speed import Setting
 from lq.messages import suggest
 from lq.paired import Drop
 
@@ -61,7 +62,7 @@ def recommend(comparison: Comparison, use: str = "server") -> list[str]:
 
 
 def _best(comparison: Comparison, rows: list[Row], use: str) -> Row:
-    tied = _smallest(rows) if use == "edge" else _fastest(rows, largest=use == "server")
+    tied = _smallest(rows) if use == "edge" else _fastest(rows, _setting(comparison, use))
     best, *others = sorted(tied, key=lambda row: row.seconds)
     for row in others:
         if comparison.difference(best, row).low > 0:
@@ -74,9 +75,22 @@ def _smallest(rows: list[Row]) -> list[Row]:
     return [row for row in rows if _size(row) <= least * (1 + SAME_SIZE)]
 
 
-def _fastest(rows: list[Row], largest: bool) -> list[Row]:
+def _setting(comparison: Comparison, use: str) -> Setting | None:
+    """Return the batch size that counts, with the threads that float is fastest with."""
+    timed = comparison.measured[0].evaluation
+    if timed is None or not timed.latencies:
+        return None
+    sizes = [latency.batch_size for latency in timed.latencies]
+    size = min(sizes) if use == "real_time" else max(sizes)
+    fastest = min((x for x in timed.latencies if x.batch_size == size), key=lambda x: x.p50_ms)
+    return size, fastest.threads
+
+
+def _fastest(rows: list[Row], setting: Setting | None) -> list[Row]:
     """Return the fastest rows, those whose intervals overlap; the smallest where none is timed."""
-    timed = {row.name: _speedup(row, largest) for row in rows if row.speedups}
+    if setting is None:
+        return _smallest(rows)
+    timed = {row.name: speedup for row in rows if (speedup := row.speedup(setting))}
     if not timed:
         return _smallest(rows)
     least = max(timed.values(), key=lambda speedup: speedup.ratio).low
@@ -90,8 +104,8 @@ def _choice(comparison: Comparison, best: Row, use: str, enough: bool) -> str:
         f"{_points(_lost(best))} of float's {float_row.top1:.2%} on {comparison.n} samples, its "
         f"file is {comparison.compression(best):.2f} times as small ({_size(best):.3f} MB)"
     )
-    if best.speedups:
-        found = _speedup(best, largest=use != "real_time")
+    setting = _setting(comparison, use)
+    if setting is not None and (found := best.speedup(setting)):
         told += f", and it is {_times(found)}"
     if enough:
         return f"For {use.replace('_', ' ')} take {best.name}: it loses {told}."
@@ -134,35 +148,41 @@ def _noise(comparison: Comparison, rows: list[Row]) -> Iterator[str]:
 
 def _speed(comparison: Comparison, rows: list[Row]) -> Iterator[str]:
     """Yield where integers are slower than 16 bits or float, or how much faster."""
-    integers = [row for row in rows if row.is_integer and row.speedups]
-    halves = [row for row in rows if row.plan and not row.is_integer and row.speedups]
-    if not integers:
-        return
-    for i, setting in enumerate(integers[0].speedups):
-        timed = [(row.speedups[i], row) for row in integers if len(row.speedups) > i]
-        found, row = max(timed, key=lambda pair: pair[0].ratio)
-        rivals = [(half.speedups[i], half) for half in halves if len(half.speedups) > i]
-        half, other = max(rivals, key=lambda pair: pair[0].ratio, default=(None, None))
-        beside = f"; {other.name} is {half.ratio:.2f}x" if half is not None and other else ""
+    integers = [row for row in rows if row.is_integer]
+    halves = [
+        row for row in rows if {"fp16", "bf16"} & {*row.plan.values()} and row not in integers
+    ]
+    for setting in comparison.settings:
+        row, found = _best_of(integers, setting)
+        other, half = _best_of(halves, setting)
+        if row is None or found is None:
+            continue
+        beside = f"; {other.name} is {half.ratio:.2f}x" if other and half else ""
         if found.high < 1:
             yield (
                 f"INT8 is slower than float on {comparison.hardware}: the fastest, {row.name}, is "
                 f"{_times(found)}{beside}. Try another engine or larger batches."
             )
-        elif half is not None and other is not None and found.high < half.low:
+        elif half and other and found.high < half.low:
             yield (
-                f"INT8 is slower than 16 bits on {comparison.hardware} for {_samples(setting)}: "
+                f"INT8 is slower than 16 bits on {comparison.hardware} for {_samples(found)}: "
                 f"{row.name} is {found}, {other.name} {half}. Take {other.name} unless size counts."
             )
         elif found.low > 1:
             yield (
-                f"INT8 is faster than float for {_samples(setting)}: {row.name} is {found}{beside}."
+                f"INT8 is faster than float for {_samples(found)}: {row.name} is {found}{beside}."
             )
         else:
             yield (
-                f"For {_samples(setting)} INT8 is no faster than float within noise: {row.name} is "
+                f"For {_samples(found)} INT8 is no faster than float within noise: {row.name} is "
                 f"{found}{beside}."
             )
+
+
+def _best_of(rows: list[Row], setting: Setting) -> tuple[Row | None, Speedup | None]:
+    """Return the fastest of some rows, and how fast it is."""
+    timed = [(row, speedup) for row in rows if (speedup := row.speedup(setting))]
+    return max(timed, key=lambda pair: pair[1].ratio, default=(None, None))
 
 
 def _calibration(comparison: Comparison) -> Iterator[str]:
@@ -244,12 +264,6 @@ def _lost(row: Row) -> Drop:
 def _size(row: Row) -> float:
     assert row.evaluation is not None
     return row.evaluation.size_mb
-
-
-def _speedup(row: Row, largest: bool) -> Speedup:
-    """Return the speed-up at the largest batch, or at the smallest."""
-    ordered = sorted(row.speedups, key=lambda speedup: speedup.batch_size)
-    return ordered[-1 if largest else 0]
 
 
 def _points(drop: Drop) -> str:

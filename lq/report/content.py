@@ -26,7 +26,6 @@ from lq.plots import (
 from lq.report.advice import recommend
 
 Draw = Callable[..., Figure]
-HEADER = ("method", "top-1", "points lost (95%)", "agreement", "MB", "smaller", "ms", "faster")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ def sections(comparison: Comparison, use: str) -> Iterator[Section]:
     """
     yield Section("Recommendations", points=recommend(comparison, use))
     rows = [comparison.cells(row) for row in comparison.measured]
-    yield Section("Methods", _measured_how(comparison), _remarks(comparison), [HEADER, *rows])
+    yield Section(
+        "Methods", _measured_how(comparison), _remarks(comparison), [comparison.header(), *rows]
+    )
     yield Section("Accuracy", pictures=list(_accuracy(comparison)))
     yield Section("Size and speed", pictures=list(_size_and_speed(comparison)))
     if comparison.sensitivity is not None:
