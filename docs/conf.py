@@ -14,6 +14,8 @@ templates_path: list[str] = []
 exclude_patterns: list[str] = []
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+nb_render_markdown_format = "myst"  # tables among the outputs
 nb_execution_mode = "off"  # the tutorial is run by a test, and committed with its outputs
 
 autodoc_member_order = "bysource"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lq.distribution import TensorHistogram
-from lq.plots.rows import name_rows, rows_size
+from lq.plots.rows import check_top, name_rows, rows_size
 from lq.plots.style import add_legend, line_look, log_x, new_figure, theme_of
 from lq.surgery import quantizers
 
@@ -30,11 +30,16 @@ def plot_ranges(ranges: nn.Module | Amax, top: int | None = None, theme: str = "
         top: Only so many rows, those with the largest ranges of inputs.
         theme: ``light`` or ``dark``.
 
+    Raises:
+        ValueError: If `top` is no number of rows.
+        RuntimeError: If the model is not calibrated.
+
     Example:
         >>> figure = plot_ranges({"fc.input_quantizer": 2.5, "fc.weight_quantizer": [0.1, 0.4]})
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['fc']
     """
+    check_top(top)
     amax = _ranges_of(ranges) if isinstance(ranges, nn.Module) else ranges
     found = {name: torch.as_tensor(value).flatten().tolist() for name, value in amax.items()}
     weights = {_owner(name): values for name, values in found.items() if name.endswith(_WEIGHT)}
@@ -54,6 +59,8 @@ def plot_ranges(ranges: nn.Module | Amax, top: int | None = None, theme: str = "
 
 def _ranges_of(model: nn.Module) -> dict[str, Any]:
     found = {n: q for n, q in quantizers(model).items() if q.scale is not None and q.is_calibrated}
+    if not found:
+        raise RuntimeError("Expected a calibrated model, but no range is known; call lq.calibrate.")
     return {name: quantizer.amax for name, quantizer in found.items()}
 
 

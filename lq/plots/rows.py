@@ -33,6 +33,17 @@ def rows_size(count: int, width: float = WIDTH, around: float = _AROUND) -> tupl
     return width, min(around + ROW * max(count, 4), HIGHEST)
 
 
+def all_fit(count: int) -> bool:
+    """Return whether a figure has room for the text of so many rows."""
+    return count * LEAST_ROW <= HIGHEST - _AROUND
+
+
+def check_top(top: int | None) -> None:
+    """Raise a ``ValueError`` where no row is asked for."""
+    if top is not None and top < 1:
+        raise ValueError(f"Expected `top` to be at least 1, but got {top}.")
+
+
 def name_rows(axes: Axes, names: Sequence[str], longest: int = 28) -> None:
     """Put the rows' names along the left, the first at the top; only every so many if crowded."""
     every = math.ceil(len(names) * LEAST_ROW / (HIGHEST - _AROUND))

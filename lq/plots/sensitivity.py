@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from lq.plots.rows import draw_bars, name_rows, rows_size
+from lq.plots.rows import all_fit, check_top, draw_bars, name_rows, rows_size
 from lq.plots.style import (
     HATCHES,
     SMALL,
+    WIDTH,
     add_legend,
     dress,
     line_look,
@@ -22,6 +23,7 @@ from lq.plots.style import (
     theme_of,
 )
 from lq.sensitivity import CLASSES, LayerSensitivity, Sensitivity, sensitivity_classes
+from lq.sensitivity.classes import check_whole
 
 METRIC_NAMES = {
     "top1": "top-1 lost",
@@ -49,6 +51,9 @@ def plot_sensitivity(
         top: Only so many units.
         theme: ``light`` or ``dark``.
 
+    Raises:
+        ValueError: If the format was not swept, or `top` is no number of units.
+
     Example:
         >>> rows = [LayerSensitivity(layer="conv", format="int8", kl=0.02, low=0.01, high=0.03)]
         >>> found = Sensitivity(found=rows, units={"conv": ("conv",)}, formats=("int8",),
@@ -56,9 +61,10 @@ def plot_sensitivity(
         >>> plot_sensitivity(found).axes[0].get_title()
         'One unit at a time in int8: 64 samples'
     """
+    check_top(top)
+    classes = sensitivity_classes(sensitivity, format)
     ranked = sensitivity.ranked(format)
     rows = ranked[:top]
-    classes = sensitivity_classes(sensitivity, format)
     figure, (axes,) = new_figure(size=rows_size(len(rows)), theme=theme)
     for kind in CLASSES:
         where = [i for i, row in enumerate(rows) if classes[row.layer] == kind]
@@ -98,7 +104,11 @@ def plot_sensitivity_distribution(sensitivity: Sensitivity, theme: str = "light"
     Args:
         sensitivity: What a sweep found.
         theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: If only weights or inputs were swept.
     """
+    check_whole(sensitivity)
     figure, (axes,) = new_figure(theme=theme)
     lowest = math.inf
     for i, format in enumerate(sensitivity.formats):
@@ -116,16 +126,23 @@ def plot_sensitivity_distribution(sensitivity: Sensitivity, theme: str = "light"
 
 
 def plot_sensitivity_heatmap(sensitivity: Sensitivity, theme: str = "light") -> Figure:
-    """Draw the cost of every unit in every format, in the order of the model; numbers in cells.
+    """Draw the cost of every unit in every format, in the order of the model.
+
+    Numbers stand in the cells, unless there are too many units.
 
     Args:
         sensitivity: What a sweep found.
         theme: ``light`` or ``dark``.
+
+    Raises:
+        ValueError: If only weights or inputs were swept.
     """
+    check_whole(sensitivity)
     units, formats, metric = sensitivity.layers, sensitivity.formats, sensitivity.metric
     found = {(r.layer, r.format): r.cost(metric) for r in sensitivity if r.part == "both"}
     costs = np.array([[found.get((u, f), math.nan) for f in formats] for u in units])
-    figure, (axes,) = new_figure(size=rows_size(len(units)), theme=theme)
+    size = rows_size(len(units), max(WIDTH, 2.6 + 0.62 * len(formats)))
+    figure, (axes,) = new_figure(size=size, theme=theme)
     norm = _norm(costs)
     image = axes.imshow(costs, theme_of(theme).colourmap, norm, aspect="auto")
     name_rows(axes, units)
@@ -133,7 +150,7 @@ def plot_sensitivity_heatmap(sensitivity: Sensitivity, theme: str = "light") -> 
     axes.set_xticks(range(len(formats)), formats)
     axes.set_title(_COSTS[metric], fontsize=10)
     for (row, column), cost in np.ndenumerate(costs):
-        if math.isfinite(cost):
+        if math.isfinite(cost) and all_fit(len(units)):
             ink = "black" if norm(cost) > 0.5 else "snow"  # white is the paper of a report
             axes.text(column, row, f"{cost:.2g}", ha="center", va="center", color=ink, fontsize=7)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3 / figure.get_figheight()))

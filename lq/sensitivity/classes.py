@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lq.messages import suggest
 from lq.sensitivity.result import LayerSensitivity, Sensitivity
 
 CLASSES = ("high", "medium", "low")
@@ -24,6 +25,9 @@ def sensitivity_classes(sensitivity: Sensitivity, format: str | None = None) -> 
         sensitivity: What a sweep found.
         format: One of its formats; the first, if not given.
 
+    Raises:
+        ValueError: If the format was not swept, or only parts of the units were.
+
     Example:
         >>> costs = {"stem": 0.6, "conv": 0.35, "fc": 0.05}
         >>> rows = [LayerSensitivity(layer=k, format="int8", kl=v) for k, v in costs.items()]
@@ -32,6 +36,12 @@ def sensitivity_classes(sensitivity: Sensitivity, format: str | None = None) -> 
         >>> sensitivity_classes(found)
         {'stem': 'high', 'conv': 'medium', 'fc': 'low'}
     """
+    check_whole(sensitivity)
+    if format is not None and format not in sensitivity.formats:
+        raise ValueError(
+            f"Expected a format of the sweep, but got {format!r}; "
+            f"{suggest(format, sensitivity.formats)}"
+        )
     costs = {r.layer: _cost(r, sensitivity.metric) for r in sensitivity.ranked(format)}
     noise = {r.layer for r in sensitivity.ranked(format) if r.noise}
     total = sum(cost for cost in costs.values() if math.isfinite(cost))
@@ -46,6 +56,16 @@ def sensitivity_classes(sensitivity: Sensitivity, format: str | None = None) -> 
             classes[unit] = "high" if before < HIGH * total else "medium"
         before += cost
     return {unit: classes[unit] for unit in sensitivity.units if unit in classes}
+
+
+def check_whole(sensitivity: Sensitivity) -> None:
+    """Raise a ``ValueError`` for a sweep that took weights and inputs apart, and never both."""
+    parts = {row.part for row in sensitivity}
+    if "both" not in parts:
+        raise ValueError(
+            f"Expected a sweep of both parts of the units, but got {', '.join(sorted(parts))} "
+            "alone; sweep them with parts=['both']."
+        )
 
 
 def _cost(row: LayerSensitivity, metric: str) -> float:

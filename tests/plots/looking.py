@@ -22,6 +22,9 @@ def overlapping(figure) -> list[tuple[str, str]]:
             boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in tick_labels(axis)]
             boxes.sort(key=lambda pair: (pair[1].y0, pair[1].x0))
             bad += [(a, b) for (a, x), (b, y) in pairwise(boxes) if _touch(x, y)]
+        texts = [(t.get_text(), t.get_window_extent(renderer)) for t in axes.texts]
+        texts.sort(key=lambda pair: (round(pair[1].y0), pair[1].x0))
+        bad += [(a, b) for (a, x), (b, y) in pairwise(texts) if _touch(x, y)]
     titles = [t for a in figure.axes for t in (a.title, a.xaxis.label, a.yaxis.label)]
     titles += [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in titles if t.get_text()]

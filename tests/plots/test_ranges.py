@@ -97,6 +97,8 @@ def test_uncalibrated_stays_so(batches) -> None:
     model = lq.quantize(digits_cnn(), "tensorrt_int8")
     with pytest.raises(ValueError, match=r"did you mean '3\.conv2\.input_quantizer'"):
         lq.tensor_histograms(model, batches, ["3.conv2"])
+    with pytest.raises(RuntimeError, match="no range is known"):
+        plot_ranges(model)
     lq.tensor_histograms(model, batches)
     assert not any(q.is_calibrated for q in quantizers(model).values())
 

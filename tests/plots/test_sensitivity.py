@@ -96,3 +96,24 @@ def test_classes_of_noise_of_gains_and_of_overflow() -> None:
     assert found == {"a": "low", "b": "low"}
     found = sensitivity_classes(sweep_with({"a": math.inf, "b": 2.0, "c": 0.1}))
     assert found == {"a": "high", "b": "high", "c": "low"}
+
+
+def test_what_was_not_swept() -> None:
+    with pytest.raises(ValueError, match="got 'fp61'; did you mean 'fp16'"):
+        plot_sensitivity(sweep_of(SMALL), "fp61")
+    with pytest.raises(ValueError, match="`top` to be at least 1, but got 0"):
+        plot_sensitivity(sweep_of(SMALL), top=0)
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda f: f.__name__)
+def test_parts_alone(plot) -> None:
+    with pytest.raises(ValueError, match="but got weights alone; sweep them with parts"):
+        plot(sweep_with({"a": 0.5}, part="weights"))
+
+
+def test_more_formats_and_layers_than_fit_one_page() -> None:
+    formats = ("int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3", "bf16", "fp16")
+    for units in (SMALL, [f"layers.{i}.attention.projection" for i in range(400)]):
+        figure = plot_sensitivity_heatmap(sweep_of(units, formats=formats))
+        assert not overlapping(figure)
+        assert len(figure.axes[0].texts) in (0, len(units) * len(formats))
