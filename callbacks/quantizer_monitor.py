@@ -70,6 +70,12 @@ class QuantizerMonitor(L.Callback):
         self._hooks: list[Any] = []
         self._measured: dict[str, float] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tell the loggers how a module is quantized that is measured as it is."""
+        target = target_module(pl_module, self.module)
+        if stage != "fit":
+            log_settings(trainer, pl_module, target)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell the loggers how the module is quantized, and what curves will come."""
         target = target_module(pl_module, self.module)

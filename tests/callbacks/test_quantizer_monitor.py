@@ -22,6 +22,7 @@ from torch.utils.tensorboard._utils import figure_to_image
 
 import lq
 from lq.callbacks import (
+    Calibration,
     EngineComparison,
     OscillationControl,
     QuantizationAwareTraining,
@@ -277,6 +278,25 @@ def test_runs_sort_by_their_final_results(tmp_path):
         assert metrics["final/drop"] == pytest.approx(row.versus.drop.mean)
         assert metrics["final/size_mb"] == pytest.approx(row.size_mb)
         assert np.isnan(metrics["final/latency_ms"])  # of a simulation it is not that of INT8
+
+
+def test_runs_of_ptq_sort_too(tmp_path):
+    measured = {}
+    for calibrator in ("max", "percentile(90)"):
+        torch.manual_seed(0)
+        callbacks = [QuantizerMonitor(), Calibration(2, calibrator), EngineComparison()]
+        run = trainer(tmp_path, callbacks, logger=TensorBoardLogger(tmp_path))
+        module = lq.QuantModule("lq.models.digits_cnn")
+        run.test(module, DigitsDataModule(), verbose=False)
+        measured[calibrator] = callbacks[-1].rows["fake-quant"]
+    found = sorted_runs(tmp_path, "final/drop")
+    order = sorted(measured, key=lambda name: measured[name].versus.drop.mean)
+    assert [h["quantization/calibrator"] for h, _ in found] == order
+    for settings, metrics in found:
+        row = measured[settings["quantization/calibrator"]]
+        assert settings["quantization/weights"] == "int8"
+        assert settings["quantization/method"] == "PTQ"
+        assert metrics["final/drop"] == pytest.approx(row.versus.drop.mean)
 
 
 class Numbers(Logger):
