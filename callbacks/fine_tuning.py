@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
@@ -16,7 +17,7 @@ from lq.callbacks.target import target_module
 from lq.module import QuantModule
 from lq.spec import Recipe
 from lq.state import recipe_of
-from lq.surgery import quantize
+from lq.surgery import dequantize, quantize
 
 
 class History(L.Callback):
@@ -69,6 +70,8 @@ def fine_tune(
         A row of what was logged for each epoch.
     """
     trained = copy.deepcopy(pl_module, {id(pl_module._trainer): None})
+    if is_overridden("configure_model", trained):
+        trained.configure_model()  # which quantizes a QuantModule as its own recipe says
     target = target_module(trained, module)
     follow(target, model)
     history = History()
@@ -98,7 +101,7 @@ def fine_tune(
     resumed = str(last) if last is not None and last.is_file() else None
     with torch.enable_grad():
         tuner.fit(trained, datamodule=data, ckpt_path=resumed, weights_only=True)
-    if before is not None:
+    if data is not None:
         data.trainer = before
     model.load_state_dict(on_device_of(model, target.state_dict()))
     return history.rows
@@ -122,7 +125,7 @@ def follow(target: nn.Module, model: nn.Module) -> None:
     """Give a module the quantizers, ranges and weights of a model of the same structure."""
     recipe: Recipe | None = recipe_of(model)
     assert recipe is not None
-    quantize(target, recipe)
+    quantize(dequantize(target), recipe)
     target.load_state_dict(model.state_dict())
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lq.engines.drift import DriftMonitor
     from lq.evaluation import evaluate
     from lq.export import build_engine, export_onnx
+    from lq.inspection import inspect
     from lq.latency import measure_latency
     from lq.mixed_precision import (
         PrecisionConstraints,
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "find_ranges",
+    "inspect",
     "lint",
     "load_from_checkpoint",
     "measure_latency",
@@ -76,8 +78,8 @@ _LAZY = {
         ("PrecisionConstraints", "accuracy_guard", "pareto_front", "search", "verified_search"),
         "lq.mixed_precision",
     ),
-    "DriftMonitor": "lq.engines.drift",
     **dict.fromkeys(("Comparison", "Method", "compare"), "lq.comparison"),
+    "DriftMonitor": "lq.engines.drift",
     "PrecisionPlan": "lq.plan",
     "QuantModule": "lq.module",
     "build_engine": "lq.export",
@@ -85,6 +87,7 @@ _LAZY = {
     "count_costs": "lq.costs",
     "evaluate": "lq.evaluation",
     "export_onnx": "lq.export",
+    "inspect": "lq.inspection",
     "lint": "lq.export",
     "measure_latency": "lq.latency",
     "open_engine": "lq.engines",
@@ -98,6 +101,6 @@ def __getattr__(name: str) -> Any:
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "callbacks":
-        return importlib.import_module("lq.callbacks")
+    if name in ("callbacks", "interop"):
+        return importlib.import_module(f"lq.{name}")
     raise AttributeError(f"module 'lq' has no attribute {name!r}")

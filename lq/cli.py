@@ -25,6 +25,7 @@ from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx, triton_repository
 from lq.export.engine import INSTALL, find_builder
 from lq.export.linter import command as lint_command
+from lq.inspection import command as inspect_command
 from lq.messages import one_line
 from lq.mixed_precision import PrecisionConstraints, pareto_front, verified_search
 from lq.module import QuantModule
@@ -34,13 +35,13 @@ from lq.sensitivity.validation import shuffled
 from lq.spec import Recipe
 from lq.surgery import dequantize, quantized_layers
 
-LINT = "\nAnd lq lint model.onnx, which needs no config: see lq lint --help."
+LINT = "\nAnd lq lint model.onnx and lq inspect FILE, which need no config: see their --help."
 KEYWORDS = ("best", "last", "hpc")
 """What ``--ckpt_path`` may say instead of a path."""
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer, which can also calibrate, sweep, search and export."""
+    """Lightning's Trainer, which can also calibrate, compare, sweep, search and export."""
 
     def export(
         self,
@@ -360,6 +361,8 @@ def main(args: list[str] | None = None) -> None:
         return
     if given[:1] == ["lint"]:  # a file is all it needs, where other commands need model and data
         sys.exit(lint_command.main(given[1:]))
+    if given[:1] == ["inspect"]:
+        sys.exit(inspect_command.main(given[1:]))
     try:
         CLI(
             QuantModule,

@@ -290,7 +290,7 @@ def output_axis(layer: nn.Module) -> int:
         >>> output_axis(nn.Conv2d(3, 8, 1)), output_axis(nn.ConvTranspose2d(3, 8, 1))
         (0, 1)
     """
-    return quantized_class(float_class(layer)).weight_axis
+    return quantized_class(float_class(layer)).weight_axis  # type: ignore[arg-type]
 
 
 def _on_quantized_operands(cls: type[nn.Module]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import pytest
 
 import lq
 import lq.callbacks
+import lq.interop
 import lq.plots
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -33,6 +34,7 @@ def test_reference_has_every_public_name(site: Path) -> None:
     ids = set(re.findall(r'id="(lq\.[\w.]+)"', (site / "api.html").read_text()))
     names = [f"lq.{name}" for name in lq.__all__]
     names += [f"lq.callbacks.{name}" for name in lq.callbacks.__all__]
+    names += [f"lq.interop.{name}" for name in lq.interop.__all__]
     names += [f"lq.plots.{name}" for name in lq.plots.__all__]
     assert not set(names) - ids
 

@@ -11,9 +11,7 @@ from torch import nn
 
 from lq.export import build_engine, export_onnx
 from lq.export.engine import find_builder
-from lq.export.targets import TARGETS
 from lq.latency import hardware_name
-from lq.messages import suggest
 
 
 class Deployment:
@@ -28,11 +26,6 @@ class Deployment:
     """
 
     def __init__(self, target: str, largest: int) -> None:
-        if target not in TARGETS:
-            raise ValueError(
-                f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}; "
-                f"{suggest(target, TARGETS)}"
-            )
         builds = torch.cuda.is_available() and find_builder() is not None
         self.target, self.largest = target, largest
         self.builds = target == "tensorrt" and builds

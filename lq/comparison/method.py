@@ -53,13 +53,13 @@ class Method:
     """
 
     kind: str
-    recipe: str | dict[str, Any] | None = None
+    recipe: str | Path | dict[str, Any] | Recipe | None = None
     calibrator: str = "max"
     repair: bool = False
     epochs: int = 1
     constraints: PrecisionConstraints | None = None
     formats: tuple[str, ...] = ("int8", "fp16")
-    path: str | None = None
+    path: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in TAKES:
@@ -77,9 +77,13 @@ class Method:
             raise ValueError(f"Expected `epochs` to be at least 1, but got {self.epochs}.")
         if self.kind == "file" and self.path is None:
             raise ValueError("Expected a `path` for kind 'file', but got none.")
-        if self.recipe is not None:
-            Recipe.parse(self.recipe)
         parse_calibrators(self.calibrator)
+        if self.recipe is not None:
+            recipe = Recipe.parse(self.recipe)
+            named = isinstance(self.recipe, (str, Path))
+            object.__setattr__(self, "recipe", str(self.recipe) if named else recipe.to_dict())
+        if self.path is not None:
+            object.__setattr__(self, "path", str(self.path))
         object.__setattr__(self, "formats", tuple(self.formats))
 
     def _changed(self) -> dict[str, Any]:

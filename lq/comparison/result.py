@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lq.comparison.explained import Explanation
 from lq.comparison.row import Row, unpack
 from lq.costs import Costs
 from lq.files import written_whole
@@ -20,21 +21,6 @@ VERSION = 1
 """Of the JSON file; a change that older readers would misread raises it."""
 FLOAT = "float"
 """Name of the float model's row."""
-
-
-@dataclass(frozen=True)
-class CalibrationSize:
-    """How many calibration samples there were, and whether they are enough.
-
-    Attributes:
-        samples: How many there were.
-        enough: The fewest that are enough; ``None`` where even all are not.
-        verdict: What the calibration curve says, in a sentence.
-    """
-
-    samples: int
-    enough: int | None
-    verdict: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +37,7 @@ class Comparison:
         hardware: What ran them, with its version.
         rows: One for each method, the float model first.
         costs: What the layers cost.
-        calibration: Whether there were enough calibration samples.
+        explanation: Ranges, tensors and weights, and how many samples calibration needs.
         sensitivity: What a sweep found, where a method swept.
 
     Example:
@@ -71,7 +57,7 @@ class Comparison:
     hardware: str
     rows: Sequence[Row]
     costs: Costs
-    calibration: CalibrationSize | None = None
+    explanation: Explanation = field(default_factory=Explanation)
     sensitivity: Sensitivity | None = None
 
     def __iter__(self) -> Iterator[Row]:
@@ -130,7 +116,7 @@ class Comparison:
             **own,
             "rows": [row.to_dict() for row in self.rows],
             "costs": self.costs.to_dict(),
-            "calibration": self.calibration and dataclasses.asdict(self.calibration),
+            "explanation": self.explanation.to_dict(),
             "sensitivity": self.sensitivity and self.sensitivity.to_dict(),
         }
 
@@ -140,13 +126,13 @@ class Comparison:
         plain = dict(values)
         if plain.pop("version") != VERSION:
             raise ValueError(f"its version is not {VERSION}")
-        size, found = plain["calibration"], plain["sensitivity"]
+        found = plain["sensitivity"]
         return cls(
             **{
                 **plain,
                 "rows": [Row.from_dict(row) for row in plain["rows"]],
                 "costs": Costs.from_dict(plain["costs"]),
-                "calibration": None if size is None else CalibrationSize(**size),
+                "explanation": Explanation.from_dict(plain["explanation"]),
                 "sensitivity": None if found is None else Sensitivity.from_dict(found),
             }
         )

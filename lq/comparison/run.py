@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
@@ -16,29 +15,33 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lq.batches import check_repeatable
+from lq.batches import check_batches, check_repeatable
 from lq.comparison.deployment import Deployment
+from lq.comparison.explained import Explanation, explain
 from lq.comparison.kept import fresh_folder, kept
 from lq.comparison.making import Made, Maker, TrainFunction
 from lq.comparison.method import Method, default_methods
-from lq.comparison.result import FLOAT, VERSION, CalibrationSize, Comparison
+from lq.comparison.result import FLOAT, VERSION, Comparison
 from lq.comparison.row import Row, pack
 from lq.comparison.speed import measure_speed
-from lq.convergence import calibration_curve
 from lq.costs import count_costs
 from lq.digest import DataDigest, model_digest
 from lq.evaluation import evaluate_outcome
-from lq.messages import one_line
+from lq.export.targets import TARGETS
+from lq.messages import one_line, suggest
 from lq.outcome import Outcome
 from lq.plan import PrecisionPlan
 from lq.samples import count_samples
 from lq.sensitivity import Sensitivity
 from lq.spec import Recipe
-from lq.surgery import quantize, quantizers
+from lq.surgery import quantizers
+from lq.timing import check_sizes
 
 log = logging.getLogger(__name__)
 CHECKED = 2
 """Batches that each export is compared with the model on."""
+SHOWN = 4
+"""Layers whose tensors and weights are looked at."""
 
 
 def compare(
@@ -98,8 +101,17 @@ def compare(
         >>> [row.name for row in found], found["max"].plan["0"]
         (['float', 'max'], 'int8')
     """
+    if target not in TARGETS:
+        raise ValueError(
+            f"Expected `target` to be one of {', '.join(TARGETS)}, but got {target!r}; "
+            f"{suggest(target, TARGETS)}"
+        )
+    check_sizes(batch_sizes, threads)
     for what, part in ("batches", batches), ("held_out", held_out), ("test", test):
+        check_batches(part)
         check_repeatable(part, what)
+        if next(iter(part), None) is None:
+            raise ValueError(f"Expected `{what}` to hold at least one batch, but got none.")
     methods = default_methods(target, train is not None) if methods is None else methods
     for given in methods:
         if given == FLOAT or not given.strip("."):
@@ -128,7 +140,8 @@ class _Lab:
     ) -> None:
         self.maker, self.test, self.folder, self.training = maker, test, folder, training
         self.checked = list(islice(test, CHECKED))
-        self.deployment = Deployment(target, max(map(count_samples, self.checked), default=1))
+        self.deployment = Deployment(target, max(map(count_samples, self.checked)))
+        self.costs = count_costs(maker.model, self.checked[0])
         self.outcome: Outcome | None = None
         self.sensitivity: Sensitivity | None = None
         parts = [_digest(part, maker.progress) for part in (maker.batches, maker.held_out, test)]
@@ -223,7 +236,6 @@ class _Lab:
     def result(self, rows: Sequence[Row], data: str, model: str) -> Comparison:
         """Return the comparison, with what explains it."""
         assert self.outcome is not None
-        size = kept(self.folder / "calibration.json", self.identity, self._calibration_size, bool)
         return Comparison(
             model=model,
             parameters=sum(p.numel() for p in self.maker.model.parameters()),
@@ -233,21 +245,28 @@ class _Lab:
             target=self.deployment.target,
             hardware=self.deployment.hardware,
             rows=rows,
-            costs=count_costs(self.maker.model, self.checked[0]),
-            calibration=CalibrationSize(**size) if size else None,
+            costs=self.costs,
+            explanation=self._explained(),
             sensitivity=self.sensitivity,
         )
 
-    def _calibration_size(self) -> dict[str, Any]:
-        """Return whether there are enough calibration samples; nothing without any integers."""
-        model = quantize(copy.deepcopy(self.maker.model), self.maker.recipe)
-        if not quantizers(model):
-            return {}
-        curve = calibration_curve(
-            model, self.maker.batches, self.maker.held_out, progress=self.maker.progress
-        )
-        most = curve.points[-1].samples
-        return dataclasses.asdict(CalibrationSize(most, curve.enough, curve.verdict))
+    def _explained(self) -> Explanation:
+        """Look at the layers that hurt most, or where nothing was swept at the largest ones."""
+        macs = {name: layer.macs for name, layer in self.costs.layers.items()}
+        found = self.sensitivity
+        layers = sorted(macs, key=lambda name: -macs[name])
+        if found is not None:
+            layers = [name for row in found.ranked() for name in found.units[row.layer]]
+        layers, maker = layers[:SHOWN], self.maker
+
+        def make() -> dict[str, Any]:
+            found = explain(
+                maker.model, maker.batches, maker.held_out, maker.recipe, layers, maker.progress
+            )
+            return found.to_dict()
+
+        terms = [*self.identity, layers]
+        return Explanation.from_dict(kept(self.folder / "explanation.json", terms, make, bool))
 
 
 def _digest(batches: Iterable[Any], progress: bool) -> str:

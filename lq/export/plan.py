@@ -16,8 +16,11 @@ _CODES = {
     ir.DataType.INT8: "int8",
     ir.DataType.UINT8: "int8",
     ir.DataType.INT4: "int4",
+    ir.DataType.UINT4: "int4",
     ir.DataType.FLOAT8E4M3FN: "fp8_e4m3",
 }
+_ON_THE_WAY = ("Transpose", "Reshape", "Cast", "QuantizeLinear", "DequantizeLinear")
+"""What lies between the constant that a weight comes from and where it is multiplied."""
 
 
 def read_plan(model: ir.Model) -> dict[str, str]:
@@ -27,13 +30,14 @@ def read_plan(model: ir.Model) -> dict[str, str]:
     ``int8/fp32`` for weight-only quantization. Weights that are plain floats say it alone: they
     are multiplied in their own format, also by what has been dequantized.
     """
-    plan = {}
-    for node in model.graph:
-        if node.op_type in WEIGHTED:
-            weight, input = _weight_format(node.inputs[1]), _format(node.inputs[0])
-            alone = weight == input or weight in _FLOATS.values()
-            plan[str(node.name)] = weight if alone else f"{weight}/{input}"
-    return plan
+    return {str(node.name): node_format(node) for node in model.graph if node.op_type in WEIGHTED}
+
+
+def node_format(node: ir.Node) -> str:
+    """Return the format of a node that multiplies, as ``read_plan`` tells it."""
+    weight, input = _weight_format(node.inputs[1]), _format(node.inputs[0])
+    alone = weight == input or weight in _FLOATS.values()
+    return weight if alone else f"{weight}/{input}"
 
 
 def read_layers(model: ir.Model) -> dict[str, str]:
@@ -60,7 +64,7 @@ def layer_of(node: ir.Node) -> str | None:
 
     A float attention multiplies by the weight of its output projection itself.
     """
-    weight = _stored(node.inputs[1])
+    weight = stored(node.inputs[1])
     if weight is None:
         return None
     layer = str(node.name).partition("@")[0]
@@ -68,9 +72,9 @@ def layer_of(node: ir.Node) -> str | None:
     return owner if owner.startswith(f"{layer}.") else layer
 
 
-def _stored(value: ir.Value | None) -> ir.Value | None:
+def stored(value: ir.Value | None) -> ir.Value | None:
     """Return the constant that a weight comes from, ``None`` where it is computed."""
-    while (move := producer(value, "Transpose", "Reshape", "Cast", "DequantizeLinear")) is not None:
+    while (move := producer(value, *_ON_THE_WAY)) is not None:
         value = move.inputs[0]
     return value if constant(value) is not None else None
 
@@ -88,7 +92,7 @@ def _format(value: ir.Value | None) -> str:
     source = value.producer()
     if source is not None and source.op_type == "DequantizeLinear":
         dtype = code_type(source)
-        return _CODES.get(dtype, "unknown") if dtype is not None else "unknown"
+        return _CODES.get(dtype, dtype.name.lower()) if dtype is not None else "unknown"
     formats = {_format(x) for x in passed_on(source)} if source is not None else set()
     if formats:
         return formats.pop() if len(formats) == 1 else "fp32"

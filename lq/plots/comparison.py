@@ -20,6 +20,8 @@ from lq.plots.style import (
     theme_of,
 )
 
+_BESIDE, _APART = 0.035, 0.055
+"""Of a number from its point, and from the next number: shares of the width and the height."""
 _LOOKS = {"float": (6, 0), "ptq": (0, 0), "qat": (2, 1), "mixed": (1, 2), "file": (4, 3)}
 """Kind of a method -> its colour, and its hatch or marker."""
 _NAMES = {
@@ -72,7 +74,7 @@ def plot_drop_against_compression(comparison: Comparison, theme: str = "light") 
     rows = [row for row in comparison.measured if _drop(row) is not None]
     size = (rows_size(1)[0], 3.4 + 0.16 * ((len(rows) + 1) // 2))
     figure, (axes,) = new_figure(size=size, theme=theme)
-    ink, back = theme_of(theme).text, theme_of(theme).background
+    ink = theme_of(theme).text
     for i, row in enumerate(rows):
         drop = _drop(row)
         assert drop is not None
@@ -81,10 +83,11 @@ def plot_drop_against_compression(comparison: Comparison, theme: str = "light") 
         axes.vlines(x, drop.low, drop.high, color=colour, linewidth=1.2, alpha=0.7)
         label = f"{i + 1}  {row.name}: {x:.2f}x, {100 * drop.mean:+.2f}"
         _point(axes, x, drop.mean, row, label, theme)
-    _number_points(axes, [(comparison.compression(r), _mean(r)) for r in rows], ink, back)
     axes.axhline(0, color=ink, linewidth=1)
     axes.set(xlabel="times as small as the float file", ylabel="top-1 lost against float (95%)")
     percent_axis(axes.yaxis, 1)
+    axes.margins(x=0.1, y=0.1)
+    _number_points(axes, [(comparison.compression(r), _mean(r)) for r in rows], theme)
     add_legend(figure, theme, columns=2)
     return figure
 
@@ -187,16 +190,55 @@ def _labels(rows: Sequence[Row]) -> list[str | None]:
     return [None if k in kinds[:i] else _NAMES[k] for i, k in enumerate(kinds)]
 
 
-def _number_points(axes: Axes, points: Sequence[tuple[float, float]], ink: str, back: str) -> None:
-    """Write the number of each point beside it; those of points at one place beside each other."""
-    told: dict[tuple[float, float], list[str]] = {}
-    for i, (x, y) in enumerate(points):
-        told.setdefault((round(x, 2), round(y, 4)), []).append(str(i + 1))
-    for (x, y), numbers in told.items():
-        axes.annotate(
-            ",".join(numbers), (x, y), (7, 5), textcoords="offset points", color=ink,
-            fontsize=SMALL, bbox={"facecolor": back, "pad": 0.5, "linewidth": 0, "alpha": 0.7},
-        )  # fmt: skip
+def _number_points(axes: Axes, points: Sequence[tuple[float, float]], theme: str) -> None:
+    """Write the number of each point beside it, and those of points near each other in a column."""
+    ink, (left, right), (bottom, top) = theme_of(theme).text, axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    places = [((x - left) / (right - left), (y - bottom) / (top - bottom)) for x, y in points]
+    for column in _columns([x for x, _ in places]):
+        order = sorted(column, key=lambda i: places[i][1])
+        x = max(places[i][0] for i in column) + _BESIDE
+        for i, y in zip(order, spread([places[i][1] for i in order], _APART), strict=True):
+            line = {"arrowstyle": "-", "color": ink, "linewidth": 0.5}
+            text = axes.annotate(
+                str(i + 1), points[i], (x, y), textcoords="axes fraction", color=ink,
+                fontsize=SMALL, va="center", arrowprops=line,
+            )  # fmt: skip
+            text.set_bbox({"facecolor": theme_of(theme).background, "pad": 0.5, "linewidth": 0})
+
+
+def _columns(places: Sequence[float]) -> list[list[int]]:
+    """Return points whose numbers would stand in each other's way, from left to right."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        if found and places[i] - places[found[-1][-1]] < 2 * _BESIDE:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def spread(values: Sequence[float], apart: float) -> list[float]:
+    """Return increasing numbers moved apart as little as that takes, about where they were.
+
+    Example:
+        >>> [round(x, 2) for x in spread([0.5, 0.5, 0.9], 0.1)]
+        [0.45, 0.55, 0.9]
+    """
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _start(groups[-1], apart) < _end(groups[-2], apart) + apart:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_start(group, apart) + apart * i for group in groups for i in range(len(group))]
+
+
+def _start(group: Sequence[float], apart: float) -> float:
+    return sum(group) / len(group) - apart * (len(group) - 1) / 2
+
+
+def _end(group: Sequence[float], apart: float) -> float:
+    return _start(group, apart) + apart * (len(group) - 1)
 
 
 def _look(row: Row, theme: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ def plot_ranges(ranges: nn.Module | Amax, top: int | None = None, theme: str = "
     weights = {_owner(name): values for name, values in found.items() if name.endswith(_WEIGHT)}
     inputs = {_owner(name): v[0] for name, v in found.items() if not name.endswith(_WEIGHT)}
     rows = list(dict.fromkeys(_owner(name) for name in found))
-    if top is not None:
+    if top is not None and top < len(rows):
         rows = sorted(rows, key=lambda row: -inputs.get(row, 0.0))[:top]
     figure, (axes,) = new_figure(size=rows_size(len(rows)), theme=theme)
     _draw_inputs(axes, rows, inputs, theme)

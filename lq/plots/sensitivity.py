@@ -140,6 +140,7 @@ def plot_sensitivity_heatmap(sensitivity: Sensitivity, theme: str = "light") -> 
     dress(bar.ax, theme)
     bar.ax.grid(visible=False)
     bar.ax.tick_params(labelsize=SMALL)
+    bar.minorticks_off()
     return figure
 
 

@@ -166,7 +166,7 @@ def _speed(comparison: Comparison, rows: list[Row]) -> Iterator[str]:
 
 
 def _calibration(comparison: Comparison) -> Iterator[str]:
-    found = comparison.calibration
+    found = comparison.explanation.calibration
     if found is None:
         return
     if found.enough is None:

@@ -10,16 +10,18 @@ from matplotlib.figure import Figure
 
 from lq.comparison import Comparison
 from lq.plots import (
+    plot_accuracy,
+    plot_drop_against_compression,
+    plot_histogram,
+    plot_history,
     plot_plan,
+    plot_ranges,
     plot_sensitivity,
     plot_sensitivity_distribution,
     plot_sensitivity_heatmap,
-)
-from lq.plots.comparison import (
-    plot_accuracy,
-    plot_drop_against_compression,
     plot_sizes,
     plot_speedups,
+    plot_weight_error,
 )
 from lq.report.advice import recommend
 
@@ -75,9 +77,14 @@ def sections(comparison: Comparison, use: str) -> Iterator[Section]:
     yield Section("Size and speed", pictures=list(_size_and_speed(comparison)))
     if comparison.sensitivity is not None:
         yield Section("Which layer hurts", pictures=list(_sensitivity(comparison)))
-    plans = list(_plans(comparison))
-    if plans:
-        yield Section("Formats of the layers", pictures=plans)
+    for title, pictures in (
+        ("Formats of the layers", _plans(comparison)),
+        ("Ranges", _ranges(comparison)),
+        ("What rounding does", _weights(comparison)),
+        ("Training", _training(comparison)),
+    ):
+        if found := list(pictures):
+            yield Section(title, pictures=found)
 
 
 def _measured_how(comparison: Comparison) -> list[str]:
@@ -146,6 +153,41 @@ def _sensitivity(comparison: Comparison) -> Iterator[Picture]:
             "Every layer in every format, in the order of the model.",
             partial(plot_sensitivity_heatmap, found),
         )
+
+
+def _ranges(comparison: Comparison) -> Iterator[Picture]:
+    explanation = comparison.explanation
+    if not explanation.ranges:
+        return
+    yield Picture(
+        "ranges",
+        "Range of every quantizer: of inputs a point, of weights the span of the channels.",
+        partial(plot_ranges, explanation.ranges),
+    )
+    for i, histogram in enumerate(explanation.histograms):
+        yield Picture(
+            f"histogram_{i}",
+            f"What {histogram.name} sees, and where each calibrator clips.",
+            partial(plot_histogram, histogram),
+        )
+
+
+def _weights(comparison: Comparison) -> Iterator[Picture]:
+    for i, error in enumerate(comparison.explanation.weights):
+        yield Picture(
+            f"weights_{i}",
+            f"Weights of {error.name} before and after quantization, their error, and the SQNR of "
+            "each channel.",
+            partial(plot_weight_error, error),
+        )
+
+
+def _training(comparison: Comparison) -> Iterator[Picture]:
+    for i, row in enumerate(comparison.measured):
+        if len(row.history) > 1:
+            yield Picture(
+                f"training_{i}", f"Training of {row.name}.", partial(plot_history, row.history)
+            )
 
 
 def _plans(comparison: Comparison) -> Iterator[Picture]:

@@ -27,7 +27,9 @@ th, td {padding: .35rem .7rem; text-align: right; white-space: nowrap;
 th:first-child, td:first-child {text-align: left}
 figure {margin: 1.5rem 0; break-inside: avoid} figure svg {width: 100%%; height: auto;
   max-width: 46rem} figcaption {font-size: .9rem}
-@media print {body {max-width: none; font-size: 11px; padding: 0} nav {display: none}}
+@media print {body {max-width: none; font-size: 11px; padding: 0} nav {display: none}
+  h2 {margin: 1rem 0 0; break-after: avoid} figure svg {max-height: 22cm}
+  figure {display: inline-block; vertical-align: top; width: 48%%; margin: .5rem .5%%}}
 """
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from lq.export.graph import load_graph
+from lq.export.graph import add_initializer, constant, input_at, load_graph, producer
 from lq.export.linter.finding import Finding, name_of
 from lq.export.linter.rules import RULES
 from lq.export.linter.target_rules import CODES
@@ -56,7 +58,22 @@ def read(model: str | Path | Any) -> ir.Model:
         model = ir.to_proto(model)
     copy = _load(Path(model)) if isinstance(model, (str, Path)) else ir.from_proto(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
+    _fold_zero_points(copy.graph)
+    _use_onnx_float8(copy)
     return copy
+
+
+def _fold_zero_points(graph: ir.Graph) -> None:
+    """Make constants of zero-points that pytorch-quantization casts to the type of the codes."""
+    for node in graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        cast = producer(input_at(node, 2), "Cast")
+        zero_point = constant(cast.inputs[0]) if cast is not None else None
+        if cast is not None and zero_point is not None:
+            dtype = ir.DataType(cast.attributes["to"].as_int())
+            codes = zero_point.astype(dtype.numpy())
+            node.replace_input_with(2, add_initializer(graph, str(cast.outputs[0].name), codes))
 
 
 def _load(path: Path) -> ir.Model:
@@ -64,3 +81,25 @@ def _load(path: Path) -> ir.Model:
     if not len(model.graph):
         raise ValueError(f"Expected {str(path)!r} to be an ONNX model, but its graph is empty.")
     return model
+
+
+def _use_onnx_float8(model: ir.Model) -> None:
+    """Replace the float8 operators that TensorRT had first, which nvidia-modelopt writes."""
+    zero_point = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn))
+    for node in model.graph:
+        name = node.op_type.removeprefix("TRT_FP8")
+        if node.domain != "trt" or name not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero = ir.Value(name=f"{node.outputs[0].name}.zero_point", const_value=zero_point)
+        zero.type, zero.shape = ir.TensorType(zero_point.dtype), ir.Shape(())
+        model.graph.register_initializer(zero)
+        standard = ir.node(name, [*node.inputs[:2], zero], name=node.name)
+        standard.outputs[0].name = node.outputs[0].name
+        standard.outputs[0].type, standard.outputs[0].shape = (
+            node.outputs[0].type,
+            node.outputs[0].shape,
+        )
+        model.graph.insert_after(node, standard)
+        node.outputs[0].replace_all_uses_with(standard.outputs[0])
+        model.graph.remove(node)
+        model.opset_imports[""] = max(model.opset_imports.get("", 1), 19)

@@ -1,0 +1,86 @@
+"""What there is to say of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        path: The file.
+        kind: What it is: ``checkpoint``, ``weights``, ``ONNX graph``, ``engine``, ``recipe``,
+            ``plan``, ``sensitivity`` or ``ranges``.
+        facts: What is said of the whole.
+        rows: What is said of each part, column by name. Two numbers are the ends of a range.
+        not_calibrated: Names of quantizers without a range.
+    """
+
+    path: str
+    kind: str
+    facts: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]] = ()
+    not_calibrated: Sequence[str] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, as ``lq inspect --json`` prints it."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "facts": dict(self.facts),
+            "rows": [dict(row) for row in self.rows],
+            "not_calibrated": list(self.not_calibrated),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.kind}"]
+        lines += [f"  {name}: {_cell(value)}" for name, value in self.facts.items()]
+        if self.rows:
+            columns = list(dict.fromkeys(name for row in self.rows for name in row))
+            cells = [[_cell(row.get(name)) for name in columns] for row in self.rows]
+            lines += ["", aligned([columns, *cells])]
+        if self.not_calibrated:
+            lines += ["", f"Not calibrated: {', '.join(self.not_calibrated)}"]
+        return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
+        return f"{value[0]:.3g}..{value[1]:.3g}" if numbers else "x".join(map(str, value))
+    return str(value)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as a table: names to the left, and columns of numbers to the right.
+
+    Example:
+        >>> print(aligned([["layer", "size"], ["conv", "12"], ["fc", "3"]]))
+        layer  size
+        conv     12
+        fc        3
+    """
+    padded = [_padded(column, i > 0) for i, column in enumerate(zip(*lines, strict=True))]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
+
+
+def _padded(column: Sequence[str], may_be_numbers: bool) -> list[str]:
+    width = max(len(cell) for cell in column)
+    numbers = may_be_numbers and all(cell[:1].isdigit() or cell[:1] == "-" for cell in column[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
+
+
+def size_of(path: Path) -> str:
+    """Return the size of a file in 10^6 bytes, as text."""
+    return f"{path.stat().st_size / 1e6:.3f} MB"

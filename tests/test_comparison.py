@@ -1,0 +1,331 @@
+"""Comparisons measure what they say, and go on where a killed one stopped."""
+
+import json
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from torch import nn
+
+import lq
+from lq.comparison import Comparison, Method, compare, default_methods
+from lq.comparison.making import Maker
+from lq.comparison.row import pack, unpack
+from lq.comparison.speed import measure_speed, speedup
+from lq.models import digits_cnn
+from lq.plan import PrecisionPlan
+from lq.timing import interleaved
+
+
+def images(seed: int, n: int = 64) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 1, 8, 8, generator=generator)
+    return [(x[i : i + 32], torch.randint(10, (32,), generator=generator)) for i in (0, n - 32)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return digits_cnn().eval()
+
+
+BATCHES, HELD_OUT, TEST = images(0), images(1), images(2)
+PTQ = {"max": Method("ptq"), "mse": Method("ptq", calibrator="mse")}
+
+
+def run(model, folder, methods=PTQ, **kwargs) -> Comparison:
+    return compare(model, BATCHES, HELD_OUT, TEST, methods, folder, progress=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def compared(model, tmp_path_factory) -> tuple[Comparison, object]:
+    folder = tmp_path_factory.mktemp("comparison")
+
+    def train(net: nn.Module, epochs: int, own) -> list[dict[str, float]]:
+        assert own == folder / "QAT"
+        return [{"epoch": float(i), "train/loss": 1.0 / (i + 1)} for i in range(epochs)]
+
+    methods = {
+        **PTQ,
+        "FP16": Method("ptq", {"weights": "fp16", "inputs": "fp16"}),
+        "repaired": Method("ptq", repair=True),
+        "QAT": Method("qat", epochs=2),
+        "mixed": Method("mixed", constraints=lq.PrecisionConstraints(min_compression=2.0)),
+        "low": Method("ptq", {"weights": "int3", "inputs": "int8"}),
+        "gone": Method("file", path=str(folder / "nowhere.onnx")),
+    }
+    return run(model, folder, methods, train=train, batch_sizes=(1, 4), threads=(1,)), folder
+
+
+def predictions(path) -> np.ndarray:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: x.numpy()})[0].argmax(1) for x, _ in TEST])
+
+
+def test_rows_are_what_the_files_do(compared) -> None:
+    found, folder = compared
+    target = torch.cat([t for _, t in TEST]).numpy()
+    truth = predictions(found["float"].file) == target
+    for name in ("float", "max", "mse", "QAT"):
+        right = predictions(found[name].file) == target
+        assert found[name].evaluation.top1 == right.mean()
+        np.testing.assert_array_equal(unpack(found[name].right, found.n).numpy(), right)
+        assert found[name].evaluation.size_mb * 1e6 == (folder / name / "model.onnx").stat().st_size
+        if name != "float":
+            lost = found[name].evaluation.versus.drop.mean
+            assert lost == pytest.approx(truth.mean() - right.mean())
+    assert found["max"].evaluation.latencies[0].threads == 1
+
+
+def test_each_kind_gives_its_model(compared) -> None:
+    found, _ = compared
+    assert set(found["FP16"].plan.values()) == {"fp16"}
+    assert not found["FP16"].is_integer
+    assert found["max"].is_integer
+    assert [line["epoch"] for line in found["QAT"].history] == [0.0, 1.0]
+    assert found["repaired"].note.startswith("Repairs: ")
+    assert found.sensitivity is not None
+    assert found.compression(found["mixed"]) > 1.5
+    assert dict(PrecisionPlan.of(found["mixed"].file)) == found["mixed"].plan
+
+
+def test_what_came_to_nothing_says_why(compared) -> None:
+    found, _ = compared
+    assert "nowhere.onnx" in found["gone"].failed
+    assert found["gone"] not in found.measured
+    assert f"gone: {found['gone'].failed}" in found.table()
+    # No target runs int3: it is measured in torch, and its time is not told.
+    assert "Measured in torch" in found["low"].note
+    assert found["low"].evaluation.simulated
+    assert found["low"].speedups == ()
+
+
+def test_explains(compared, model) -> None:
+    found, _ = compared
+    explanation = found.explanation
+    assert explanation.calibration.samples == 64
+    worst = found.sensitivity.ranked()[0].layer
+    assert explanation.weights[0].name == worst
+    assert explanation.histograms[0].name == f"{worst}.input_quantizer"
+    conv = model[0].weight.detach().abs().amax((1, 2, 3))
+    torch.testing.assert_close(torch.tensor(explanation.ranges["0.weight_quantizer"]), conv)
+
+
+def test_is_read_back_as_it_was(compared) -> None:
+    found, folder = compared
+    text = (folder / "comparison.json").read_text()
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
+    assert strict["version"] == 1
+    again = Comparison.load(folder)
+    assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
+    assert again.difference(again["mse"], again["max"]) == found.difference(
+        found["mse"], found["max"]
+    )
+    with pytest.raises(ValueError, match="compare again"):
+        Comparison.load(folder / "explanation.json")
+
+
+def test_a_killed_comparison_goes_on(model, tmp_path, monkeypatch) -> None:
+    made, make = [], Maker.make
+
+    def killed(self, method, folder):
+        if method.calibrator == "mse" and len(made) < 2:
+            made.append("killed")
+            raise KeyboardInterrupt
+        made.append(method.calibrator)
+        return make(self, method, folder)
+
+    monkeypatch.setattr(Maker, "make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path)
+    assert not (tmp_path / "comparison.json").exists()
+    found = run(model, tmp_path)
+    assert made == ["max", "killed", "mse"]
+    whole = run(model, tmp_path.with_name("whole"))
+    for name in ("max", "mse"):
+        assert found[name].right == whole[name].right
+        assert found[name].plan == whole[name].plan
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        pytest.param({}, 0, id="nothing"),
+        pytest.param({"methods": {**PTQ, "mse": Method("ptq", calibrator="entropy")}}, 1, id="one"),
+        pytest.param({"recipe": "tensorrt_int8"}, 2, id="recipe"),
+    ],
+)
+def test_only_what_changed_is_done_again(model, tmp_path, monkeypatch, change, again) -> None:
+    run(model, tmp_path)
+    made, make = [], Maker.make
+    monkeypatch.setattr(Maker, "make", lambda *args: made.append(args[1]) or make(*args))
+    run(model, tmp_path, **change)
+    assert len(made) == again
+
+
+def test_other_weights_are_compared_anew(model, tmp_path, monkeypatch) -> None:
+    first = run(model, tmp_path)
+    torch.manual_seed(1)
+    second = run(digits_cnn().eval(), tmp_path)
+    assert first["max"].right != second["max"].right
+
+
+def test_files_of_the_user_are_left_alone(model, tmp_path) -> None:
+    own = tmp_path / "max" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files; name another `folder`"):
+        run(model, tmp_path)
+    assert own.read_text() == "years of work"
+
+
+def test_files_of_other_tools_stand_beside_ours(model, tmp_path) -> None:
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(BATCHES)
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {"input": batch[0].numpy()}
+
+    lq.export_onnx(model, BATCHES[0], tmp_path / "float.onnx", target="onnxruntime")
+    name = ort.InferenceSession(tmp_path / "float.onnx").get_inputs()[0].name
+    reader = Reader()
+    reader.get_next = lambda: (
+        None if (batch := next(reader.batches, None)) is None else {name: batch[0].numpy()}
+    )
+    theirs = tmp_path / "theirs.onnx"
+    quantize_static(tmp_path / "float.onnx", theirs, reader)
+    found = run(model, tmp_path / "out", {"theirs": Method("file", path=str(theirs)), **PTQ})
+    right = predictions(theirs) == torch.cat([t for _, t in TEST]).numpy()
+    assert found["theirs"].evaluation.top1 == pytest.approx(right.mean(), abs=2 / found.n)
+    assert found["theirs"].is_integer
+    assert found["theirs"].speedups
+
+
+def test_checkpoints_are_methods(model, tmp_path) -> None:
+    import copy
+
+    net = lq.quantize(copy.deepcopy(model), "onnxruntime_int8")
+    lq.calibrate(net, BATCHES, progress=False)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {f"model.{k}": v for k, v in net.state_dict().items()}}, path)
+    found = run(model, tmp_path / "out", {"trained": Method("file", path=str(path)), **PTQ})
+    assert found["trained"].right == found["max"].right
+    assert found["trained"].plan == found["max"].plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"methods": {"float": Method("ptq")}}, "another name", id="reserved name"),
+        pytest.param({"methods": {"..": Method("ptq")}}, "another name", id="parent folder"),
+        pytest.param({"target": "onnxruntim"}, "did you mean 'onnxruntime'", id="target"),
+        pytest.param({"batch_sizes": (0,)}, "`batch_sizes` to be at least 1", id="sizes"),
+    ],
+)
+def test_refuses(model, tmp_path, change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(model, tmp_path, **change)
+
+
+def test_refuses_quantized_models_and_batches_that_end(model, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"call lq\.dequantize"):
+        run(lq.quantize(digits_cnn(), "tensorrt_int8"), tmp_path)
+    with pytest.raises(ValueError, match="`test` to be a list"):
+        compare(model, BATCHES, HELD_OUT, iter(TEST), PTQ, tmp_path)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_refuses_empty_data(model, tmp_path, empty) -> None:
+    data = [BATCHES, HELD_OUT, TEST]
+    data[empty] = []
+    with pytest.raises(ValueError, match="to hold at least one batch, but got none"):
+        compare(model, *data, PTQ, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param({"weights": "fp16", "inputs": "fp16"}, id="no integers"),
+        pytest.param("weight_only_int8", id="weights alone"),
+    ],
+)
+def test_recipes_without_ranges_of_inputs(model, tmp_path, recipe) -> None:
+    found = run(model, tmp_path, {"max": Method("ptq")}, recipe=recipe)
+    assert found["max"].evaluation is not None
+    assert found.explanation.calibration is None
+
+
+def test_recipes_and_paths_as_objects(tmp_path) -> None:
+    assert Method("file", path=tmp_path / "m.onnx").to_dict()["path"] == str(tmp_path / "m.onnx")
+    recipe = lq.Recipe.parse("tensorrt_int8")
+    assert json.dumps(Method("ptq", recipe).to_dict()) == json.dumps(
+        Method("ptq", recipe.to_dict()).to_dict()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"kind": "ptqq"}, "did you mean 'ptq'", id="kind"),
+        pytest.param({"kind": "qat", "epochs": 0}, "`epochs` to be at least 1", id="epochs"),
+        pytest.param({"kind": "file"}, "Expected a `path`", id="path"),
+        pytest.param({"kind": "file", "repair": True}, "but got `repair`", id="of another kind"),
+        pytest.param({"kind": "ptq", "calibrator": "maxx"}, "did you mean 'max'", id="calibrator"),
+        pytest.param({"kind": "ptq", "recipe": "int8"}, "`recipe`", id="recipe"),
+    ],
+)
+def test_methods_are_checked(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method(**settings)
+
+
+def test_default_methods() -> None:
+    assert [*default_methods("onnxruntime", trains=False)] == [
+        "FP16", "PTQ max", "PTQ percentile", "PTQ entropy", "PTQ mse", "PTQ repaired", "mixed",
+    ]  # fmt: skip
+    openvino = default_methods("openvino", trains=True)
+    assert "FP16" not in openvino
+    assert "QAT" in openvino
+    assert openvino["mixed"].formats == ("int8",)
+
+
+def test_packing_keeps_every_sample() -> None:
+    right = torch.rand(1001) > 0.5
+    assert torch.equal(unpack(pack(right), 1001), right)
+
+
+def test_the_interval_of_a_speedup_holds_its_median() -> None:
+    """Of 2,000 series of a known median, 95% of the intervals hold it."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        times = np.exp(rng.normal(0, 0.3, 50))
+        found = speedup(np.full(50, 2.0), times)
+        assert found.low <= found.ratio <= found.high
+        held += found.low <= 2.0 <= found.high
+    assert 0.94 <= held / 2000 <= 0.98
+
+
+def test_functions_are_called_in_turn() -> None:
+    calls: list[str] = []
+    found = interleaved({n: lambda n=n: calls.append(n) for n in "abc"}, rounds=10)
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("abc", 10)
+    rounds = ["".join(calls[i : i + 3]) for i in range(len(calls) - 30, len(calls), 3)]
+    assert rounds[:4] == ["abc", "bca", "cab", "abc"]
+
+
+def test_what_an_engine_does_not_run_is_left_out(compared, caplog) -> None:
+    _, folder = compared
+    files = {name: folder / name / "model.onnx" for name in ("float", "max")}
+    fixed = folder.with_name("fixed.onnx")
+    lq.export_onnx(digits_cnn().eval(), TEST[0][0][:4], fixed, "onnxruntime", dynamic_batch=False)
+    speeds = measure_speed(
+        {**files, "fixed": fixed}, TEST[0], "onnxruntime", (1, 4), progress=False
+    )
+    assert [len(speeds[name][0]) for name in ("float", "max", "fixed")] == [2, 2, 1]
+    assert "for 1 samples" in caplog.text
