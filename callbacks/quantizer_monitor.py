@@ -73,6 +73,7 @@ class QuantizerMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the loggers how a module is quantized that is measured as it is."""
         target = target_module(pl_module, self.module)
+        self._findings.begin()
         if stage != "fit":
             log_settings(trainer, pl_module, target)
 
