@@ -38,8 +38,8 @@ class Findings:
         self._has_plan = False
 
     def begin(self) -> None:
-        """Look for a plan again: in another run it may be another."""
-        self._has_plan = False
+        """Look for the plan again: in another run it may be another."""
+        self._has_plan, self._costs, self._batch = False, None, None
 
     def listen(self, target: nn.Module) -> None:
         """Take note of the next call of the target, to count what its layers cost."""

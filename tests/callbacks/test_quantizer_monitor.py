@@ -131,7 +131,7 @@ def test_drift_goes_on_from_the_calibrated_range_after_a_resume(tmp_path):
                   logger=logger)  # fmt: skip
     run.fit(LitSmall(), loader(), ckpt_path=checkpoint, weights_only=True)
     events = events_of(logger)
-    start = float(first._first["encoder.0.input_quantizer"])
+    start = float(first._watch.first["encoder.0.input_quantizer"])
     amax = [e.value for e in events.Scalars(f"{INPUT}/amax")]
     drifts = [e.value for e in events.Scalars(f"{INPUT}/drift")]
     assert drifts == pytest.approx([a / start - 1 for a in amax], abs=1e-6)
@@ -336,7 +336,7 @@ def test_one_of_several_loggers_shows_all(tmp_path, caplog):
 def test_no_logger_hooks_nothing(tmp_path):
     class Watch(QuantizerMonitor):
         def on_train_batch_end(self, run, pl_module, *args):
-            assert not self._hooks
+            assert not self._watch.is_on
             super().on_train_batch_end(run, pl_module, *args)
 
     fit(tmp_path, Watch(1, 1))
