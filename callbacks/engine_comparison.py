@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 
 from lq.callbacks.export import Export
 from lq.callbacks.target import target_module
@@ -98,13 +97,13 @@ class EngineComparison(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Keep what was measured, for a resumed fit."""
         rows = {name: row.to_dict() for name, row in self.rows.items()}
-        return {"rows": rows, "float": None if self._float is None else _plain(self._float)}
+        return {"rows": rows, "float": None if self._float is None else self._float.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was measured before."""
         rows, outcome = state_dict["rows"], state_dict["float"]
         self.rows = {name: Evaluation.from_dict(row) for name, row in rows.items()}
-        self._float = None if outcome is None else _outcome(outcome)
+        self._float = None if outcome is None else Outcome.from_dict(outcome)
 
     def _restart(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure anew, whatever a fit or a checkpoint left: the data may be others."""
@@ -178,16 +177,6 @@ def _log(trainer: L.Trainer, name: str, row: Evaluation) -> None:
         figures |= {"drop": row.versus.drop.mean, "agreement": row.versus.agreement}
     for logger in trainer.loggers:
         logger.log_metrics({f"{name}/{k}": v for k, v in figures.items()}, trainer.global_step)
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    values = dataclasses.asdict(outcome)
-    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
-
-
-def _outcome(plain: dict[str, Any]) -> Outcome:
-    samples = {name: torch.tensor(plain[name]) for name in ("predicted", "target")}
-    return Outcome(**{**plain, **samples})
 
 
 def _quantizes(target: nn.Module) -> bool:

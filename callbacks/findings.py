@@ -35,6 +35,11 @@ class Findings:
         self._costs: Costs | None = None
         self._batch: Any = None
         self._hook: Any = None
+        self._has_plan = False
+
+    def begin(self) -> None:
+        """Look for the plan again: in another run it may be another."""
+        self._has_plan, self._costs, self._batch = False, None, None
 
     def listen(self, target: nn.Module) -> None:
         """Take note of the next call of the target, to count what its layers cost."""
@@ -49,14 +54,18 @@ class Findings:
 
     def show(self, trainer: L.Trainer, target: nn.Module) -> None:
         """Show what is new: calibrators, sensitivities, and the plan that the target follows."""
+        if not trainer.loggers or not trainer.is_global_zero:
+            return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (Calibration, QuantizationAwareTraining)):
                 if callback.ranges is not None:
                     self._table(trainer, "calibrators", callback.ranges.table())
             elif isinstance(callback, SensitivitySweep) and callback.result is not None:
                 self._show_sensitivity(trainer, callback.result)
-        if quantized_layers(target):
+        # A look takes a while, and within a run the plan stays; its costs may become known.
+        if quantized_layers(target) and (self._batch is not None or not self._has_plan):
             self._show_plan(trainer, target)
+            self._has_plan = True
 
     def _show_sensitivity(self, trainer: L.Trainer, found: Sensitivity) -> None:
         from lq.plots import plot_sensitivity_heatmap  # which imports matplotlib

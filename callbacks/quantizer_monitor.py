@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lq.callbacks.charts import Charts
@@ -14,8 +14,7 @@ from lq.callbacks.findings import Findings
 from lq.callbacks.oscillation import OscillationControl
 from lq.callbacks.run_settings import log_settings
 from lq.callbacks.target import target_module
-from lq.quantizer import Mode, Quantizer
-from lq.quantizer_health import channel_axis, drift, gradient_norm, quantizer_health
+from lq.quantizer_watch import QuantizerWatch
 from lq.surgery import quantizers
 
 
@@ -65,15 +64,21 @@ class QuantizerMonitor(L.Callback):
         self.input_histograms = input_histograms
         self._charts = Charts()
         self._findings = Findings(self._charts)
-        self._first: dict[str, Tensor] = {}
+        self._watch = QuantizerWatch()
         self._has_begun = False
-        self._hooks: list[Any] = []
-        self._measured: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tell the loggers how a module is quantized that is measured as it is."""
+        target = target_module(pl_module, self.module)
+        self._findings.begin()
+        self._watch = QuantizerWatch()
+        if stage != "fit":
+            log_settings(trainer, pl_module, target)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell the loggers how the module is quantized, and what curves will come."""
         target = target_module(pl_module, self.module)
-        self._has_begun, self._measured = False, {}
+        self._has_begun = False
         log_settings(trainer, pl_module, target)
         self._findings.show(trainer, target)
         found = quantizers(target)
@@ -86,48 +91,35 @@ class QuantizerMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the quantizers during a measured step."""
-        draws = self._is_due(trainer, self.histogram_every_n_steps)
-        measures = draws or self._is_due(trainer, self.every_n_steps) or not self._has_begun
+        draws = _is_due(trainer, self.histogram_every_n_steps)
+        measures = draws or _is_due(trainer, self.every_n_steps) or not self._has_begun
         steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not (measures and steps and trainer.loggers and trainer.is_global_zero):
             return
         target = target_module(pl_module, self.module)
         self._findings.listen(target)
-        for name, quantizer in quantizers(target).items():
-            if quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated:
-                self._has_begun = True
-                if quantizer.amax is not None:
-                    self._first.setdefault(name, quantizer.amax.clone())
-                owner = target.get_submodule(name.rpartition(".")[0])
-                shows = self.input_histograms or name.endswith("weight_quantizer")
-                hook = self._measure(name, owner, trainer if draws and shows else None)
-                self._hooks.append(quantizer.register_forward_hook(hook))
+        show = partial(self._show, trainer) if draws else None
+        self._has_begun |= self._watch.start(target, show)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the gradients of learned ranges."""
-        if not self._hooks:
-            return
-        for name, quantizer in quantizers(target_module(pl_module, self.module)).items():
-            norm = gradient_norm(quantizer)
-            if norm is not None:
-                self._measured[f"quantizer/{name}/scale_gradient"] = norm
+        self._watch.note_gradients()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """Log what was measured."""
-        if not self._hooks:
+        if not self._watch.is_on:
             return
-        self._stop()
+        found = self._watch.finish()
         control = _control(trainer)
-        shares = {} if control is None else control.layer_shares()
-        for layer, share in shares.items():
-            self._measured[f"quantizer/{layer}.weight_quantizer/oscillation"] = share
+        for layer, share in ({} if control is None else control.layer_shares()).items():
+            found[f"{layer}.weight_quantizer/oscillation"] = share
+        figures = {f"quantizer/{name}": value for name, value in found.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(self._measured, trainer.global_step)
-        self._measured = {}
+            logger.log_metrics(figures, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what other callbacks found."""
@@ -153,47 +145,24 @@ class QuantizerMonitor(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Stop watching."""
-        self._stop()
+        self._watch.abort()
         self._findings.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the ranges that drift is measured from."""
-        return {"first": self._first}
+        return {"first": self._watch.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
-        self._first = state_dict["first"]
+        self._watch.first = state_dict["first"]
 
-    def _stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def _show(self, trainer: L.Trainer, name: str, values: Tensor) -> None:
+        if self.input_histograms or name.endswith("weight_quantizer"):
+            self._charts.histogram(trainer, f"quantizer/{name}", values)
 
-    @staticmethod
-    def _is_due(trainer: L.Trainer, every: int) -> bool:
-        return every > 0 and trainer.global_step % every == 0
 
-    def _measure(
-        self, name: str, owner: nn.Module, shown_by: L.Trainer | None
-    ) -> Callable[..., None]:
-        tag, seen = f"quantizer/{name}", False
-
-        def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal seen
-            if seen:  # what an addition is given next is quantized already
-                return
-            seen = True
-            assert isinstance(quantizer, Quantizer)
-            axis = channel_axis(quantizer, owner, args[0])
-            figures = quantizer_health(quantizer, args[0], output, axis)
-            amax = quantizer.amax
-            if amax is not None:
-                figures["drift"] = drift(self._first[name].to(amax.device), amax)
-            self._measured |= {f"{tag}/{k}": v for k, v in figures.items()}
-            if shown_by is not None:
-                self._charts.histogram(shown_by, tag, args[0])
-
-        return hook
+def _is_due(trainer: L.Trainer, every: int) -> bool:
+    return every > 0 and trainer.global_step % every == 0
 
 
 def _control(trainer: L.Trainer) -> OscillationControl | None:

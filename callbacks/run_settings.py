@@ -11,6 +11,7 @@ from torch import nn
 from lq.callbacks.calibration import Calibration
 from lq.callbacks.engine_comparison import FINAL, EngineComparison
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lq.module import QuantModule
 from lq.state import recipe_of
 
 
@@ -20,7 +21,7 @@ def log_settings(trainer: L.Trainer, pl_module: L.LightningModule, target: nn.Mo
     TensorBoard keeps what it is given first of a run, so the module's own hyperparameters, which
     Lightning gives it later, are among them. Results are NaN until they are known.
     """
-    settings = run_settings(trainer, target)
+    settings = run_settings(trainer, pl_module, target)
     compares = any(isinstance(c, EngineComparison) for c in _callbacks(trainer))
     results = dict.fromkeys(FINAL if compares else (), float("nan"))
     for logger in trainer.loggers:
@@ -31,10 +32,13 @@ def log_settings(trainer: L.Trainer, pl_module: L.LightningModule, target: nn.Mo
             logger.log_hyperparams(dict(settings))
 
 
-def run_settings(trainer: L.Trainer, target: nn.Module) -> dict[str, Any]:
+def run_settings(
+    trainer: L.Trainer, pl_module: L.LightningModule, target: nn.Module
+) -> dict[str, Any]:
     """Return how a run quantizes, in a few plain values."""
     found: dict[str, Any] = {}
-    recipe = recipe_of(target)
+    planned = pl_module.recipe if isinstance(pl_module, QuantModule) else None
+    recipe = recipe_of(target) or planned  # before a test it is not yet configured
     if recipe is not None:
         found |= {"weights": recipe.weights.format, "inputs": recipe.inputs.format}
         found |= {"range": recipe.inputs.range, "rules": len(recipe.rules)}

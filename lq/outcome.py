@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,16 @@ class Outcome:
         lost = reference.right.double() - self.right.double()
         drops = torch.bincount(self.target, lost) / count
         return {int(c): float(drops[c]) for c in count.nonzero()[:, 0]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values; ``from_dict`` gives it back."""
+        return {**vars(self), "predicted": self.predicted.tolist(), "target": self.target.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        """Return the outcome that ``to_dict`` wrote, also by way of JSON."""
+        samples = {name: torch.tensor(values[name]) for name in ("predicted", "target")}
+        return cls(**{**values, **samples})
 
     def _check(self, reference: Outcome) -> None:
         if not torch.equal(self.target, reference.target):

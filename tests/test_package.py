@@ -31,7 +31,7 @@ LEVELS = [
     {
         *("digest", "ranges", "scoring", "collector", "calibration", "costs"),
         *("distillation", "distiller", "latent", "oscillation", "stabilizer"),
-        "quantizer_health",
+        *("quantizer_health", "quantizer_watch"),
     },
     {"schedule", "quantized_training"},
     {"repairs"},

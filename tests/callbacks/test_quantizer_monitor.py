@@ -22,6 +22,7 @@ from torch.utils.tensorboard._utils import figure_to_image
 
 import lq
 from lq.callbacks import (
+    Calibration,
     EngineComparison,
     OscillationControl,
     QuantizationAwareTraining,
@@ -130,7 +131,7 @@ def test_drift_goes_on_from_the_calibrated_range_after_a_resume(tmp_path):
                   logger=logger)  # fmt: skip
     run.fit(LitSmall(), loader(), ckpt_path=checkpoint, weights_only=True)
     events = events_of(logger)
-    start = float(first._first["encoder.0.input_quantizer"])
+    start = float(first._watch.first["encoder.0.input_quantizer"])
     amax = [e.value for e in events.Scalars(f"{INPUT}/amax")]
     drifts = [e.value for e in events.Scalars(f"{INPUT}/drift")]
     assert drifts == pytest.approx([a / start - 1 for a in amax], abs=1e-6)
@@ -279,6 +280,25 @@ def test_runs_sort_by_their_final_results(tmp_path):
         assert np.isnan(metrics["final/latency_ms"])  # of a simulation it is not that of INT8
 
 
+def test_runs_of_ptq_sort_too(tmp_path):
+    measured = {}
+    for calibrator in ("max", "percentile(90)"):
+        torch.manual_seed(0)
+        callbacks = [QuantizerMonitor(), Calibration(2, calibrator), EngineComparison()]
+        run = trainer(tmp_path, callbacks, logger=TensorBoardLogger(tmp_path))
+        module = lq.QuantModule("lq.models.digits_cnn")
+        run.test(module, DigitsDataModule(), verbose=False)
+        measured[calibrator] = callbacks[-1].rows["fake-quant"]
+    found = sorted_runs(tmp_path, "final/drop")
+    order = sorted(measured, key=lambda name: measured[name].versus.drop.mean)
+    assert [h["quantization/calibrator"] for h, _ in found] == order
+    for settings, metrics in found:
+        row = measured[settings["quantization/calibrator"]]
+        assert settings["quantization/weights"] == "int8"
+        assert settings["quantization/method"] == "PTQ"
+        assert metrics["final/drop"] == pytest.approx(row.versus.drop.mean)
+
+
 class Numbers(Logger):
     """A logger that can do what it must, and nothing more."""
 
@@ -316,7 +336,7 @@ def test_one_of_several_loggers_shows_all(tmp_path, caplog):
 def test_no_logger_hooks_nothing(tmp_path):
     class Watch(QuantizerMonitor):
         def on_train_batch_end(self, run, pl_module, *args):
-            assert not self._hooks
+            assert not self._watch.is_on
             super().on_train_batch_end(run, pl_module, *args)
 
     fit(tmp_path, Watch(1, 1))
