@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.target import target_module
+from lq.checkpoint import read_checkpoint
 from lq.module import QuantModule
 from lq.spec import Recipe
 from lq.state import recipe_of
 from lq.surgery import dequantize, quantize
+
+log = logging.getLogger(__name__)
 
 
 class History(L.Callback):
@@ -112,13 +117,25 @@ def fine_tune(
         callbacks=callbacks,
     )
     before = getattr(data, "trainer", None)
-    resumed = str(last) if last is not None and last.is_file() else None
+    resumed = None if last is None else _whole(last)
     with torch.enable_grad():
         tuner.fit(trained, datamodule=data, ckpt_path=resumed, weights_only=True)
     if data is not None:
         data.trainer = before
     model.load_state_dict(on_device_of(model, target.state_dict()))
     return history.rows
+
+
+def _whole(checkpoint: Path) -> str | None:
+    """Return the checkpoint of a killed training, ``None`` where there is none that can be read."""
+    if not checkpoint.is_file():
+        return None
+    try:
+        read_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        log.warning("Training begins again, for %s cannot be read: %s", checkpoint, error)
+        return None
+    return str(checkpoint)
 
 
 def training_of(module: QuantModule, data: Any) -> str:
@@ -129,10 +146,29 @@ def training_of(module: QuantModule, data: Any) -> str:
         if isinstance(found, dict)
         else (found, None)
     )
-    told = [repr(optimizer), type(schedule).__name__, getattr(data, "hparams", "")]
+    told = [repr(optimizer), _source(type(module)), getattr(data, "hparams", "")]
     if schedule is not None:
-        told.append(sorted(schedule.state_dict().items(), key=str))
+        told += [type(schedule).__name__, _rates(optimizer, schedule)]
     return " ".join(map(str, told))
+
+
+def _source(cls: type) -> str:
+    """Return the code of a class, or its name where that cannot be read."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _rates(optimizer: torch.optim.Optimizer, schedule: Any) -> list[float]:
+    """Return the learning rates of the first epochs, which any schedule can be told by."""
+    rates = []
+    for _ in range(10):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if not isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            schedule.step()
+    return rates
 
 
 def follow(target: nn.Module, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from lq.callbacks.calibration import calibration_batches
 from lq.callbacks.fine_tuning import fine_tune, training_of
 from lq.callbacks.target import target_module
 from lq.checkpoint import read_checkpoint
-from lq.comparison import Method, compare
+from lq.comparison import compare, parse_methods
 from lq.costs import count_costs
 from lq.data import ImageDataModule
 from lq.export import build_engine, export_onnx, triton_repository
@@ -245,7 +246,7 @@ class Trainer(L.Trainer):
         self,
         model: QuantModule,
         datamodule: L.LightningDataModule,
-        methods: dict[str, Method] | None = None,
+        methods: dict[Any, Any] | None = None,
         folder: str = "comparison",
         ckpt_path: str | None = None,
         target: str = "onnxruntime",
@@ -263,8 +264,9 @@ class Trainer(L.Trainer):
         Args:
             model: The module; its recipe is that of methods that name none.
             datamodule: Gives calibration batches, validation data and test data.
-            methods: Name -> method: kind ptq, qat, mixed or file, with its settings. If not given,
-                FP16, every calibrator, repair, QAT and mixed precision.
+            methods: Name -> method: kind ptq, qat, mixed or file, with its settings: recipe,
+                calibrator, repair (ptq), epochs (qat), constraints and formats (mixed), path
+                (file). If not given, FP16, every calibrator, repair, QAT and mixed precision.
             folder: Where models, rows and the report are kept.
             ckpt_path: Checkpoint with the weights; without it, those of --model.weights.
             target: What will run the models: onnxruntime, openvino or tensorrt.
@@ -277,6 +279,7 @@ class Trainer(L.Trainer):
         from lq.report import check_use, recommend, write_report  # which imports matplotlib
 
         check_use(use)
+        parsed = None if methods is None else parse_methods(methods)
         samples = list(islice(self._prepared(model, datamodule, ckpt_path), max(batches, 0)))
         if not samples:
             raise ValueError(f"Expected `batches` to be at least 1, but got {batches}.")
@@ -287,11 +290,11 @@ class Trainer(L.Trainer):
             return fine_tune(model, net, epochs, datamodule, kind, None, folder, validate=True)
 
         found = compare(
-            dequantize(model.model),
+            dequantize(copy.deepcopy(model.model)),
             samples,
             datamodule.val_dataloader(),
             datamodule.test_dataloader(),
-            methods,
+            parsed,
             folder,
             model.recipe,
             target,

@@ -31,6 +31,7 @@ class Outcome:
         loss: Mean cross-entropy, in nats.
         calibration_error: Mean distance between confidence and share of right ones, over 15 bins
             of confidence, weighted by their samples (Guo et al. 2017, equation 3).
+        places: Of a dense output, how many of the above each sample has; ``None`` where it is one.
     """
 
     predicted: Tensor
@@ -39,6 +40,7 @@ class Outcome:
     top5: float
     loss: float
     calibration_error: float
+    places: Tensor | None = None
 
     @property
     def right(self) -> Tensor:
@@ -53,7 +55,7 @@ class Outcome:
     def drop(self, reference: Outcome) -> Drop:
         """Return how much less often this model is right than another, with its interval."""
         self._check(reference)
-        return paired_drop(reference.right, self.right)
+        return paired_drop(reference.right, self.right, self.places)
 
     def class_drops(self, reference: Outcome) -> dict[int, float]:
         """Return class -> by how much less often its samples are predicted right, 0..1."""
@@ -96,6 +98,7 @@ class OutcomeMeter:
     def __init__(self) -> None:
         self.predicted: list[Tensor] = []
         self.targets: list[Tensor] = []
+        self.places: list[Tensor] = []
         self.loss = 0.0
         self._metrics: tuple[MetricCollection, MulticlassCalibrationError] | None = None
 
@@ -105,14 +108,20 @@ class OutcomeMeter:
         Places of a dense output, such as a segmentation's pixels, count one by one.
 
         Raises:
-            ValueError: If an output is not finite.
+            ValueError: If an output is not finite, or has no place for a target's class.
         """
+        if int(target.max()) >= logits.shape[1]:
+            raise ValueError(
+                f"Expected outputs for class {int(target.max())}, but got {logits.shape[1]} "
+                "classes; give a model of the same classes."
+            )
         if not bool(logits.isfinite().all()):
             seen = sum(len(part) for part in self.targets)
             raise ValueError(
                 f"Expected finite outputs, but the batch after {seen} samples gives NaN or "
                 "infinity; look at its inputs."
             )
+        self.places.append(torch.full((len(target),), target.numel() // max(len(target), 1)))
         logits, target = logits.movedim(1, -1).flatten(0, -2), target.flatten()
         if self._metrics is None:
             self._metrics = _metrics(logits.shape[1])
@@ -133,7 +142,7 @@ class OutcomeMeter:
             raise ValueError("Expected `batches` to hold at least one batch, but got none.")
         accuracies, calibration = self._metrics
         found = {name: float(value) for name, value in accuracies.compute().items()}
-        target = torch.cat(self.targets)
+        target, places = torch.cat(self.targets), torch.cat(self.places)
         return Outcome(
             predicted=torch.cat(self.predicted),
             target=target,
@@ -141,6 +150,7 @@ class OutcomeMeter:
             top5=found["top5"],
             loss=self.loss / len(target),
             calibration_error=float(calibration.compute()),
+            places=None if bool((places == 1).all()) else places,
         )
 
 

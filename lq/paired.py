@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _Z = 1.959964
@@ -33,7 +34,7 @@ class Drop:
         return f"drop {self.mean:+.2%} (95%: {self.low:+.2%} .. {self.high:+.2%}, {self.n} samples)"
 
 
-def paired_drop(before: Tensor, after: Tensor) -> Drop:
+def paired_drop(before: Tensor, after: Tensor, places: Tensor | None = None) -> Drop:
     """Return the drop between two models that were right or wrong on the same samples.
 
     With ``b`` samples lost and ``c`` won of ``n``, half a sample added to each of the four kinds:
@@ -41,9 +42,16 @@ def paired_drop(before: Tensor, after: Tensor) -> Drop:
     Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions".
     No sample lost is thus no proof that none would be.
 
+    Of a dense output the places of one sample are not independent, so the samples count: with
+    ``x_i`` places lost less won of the ``p_i`` of a sample, ``p`` their mean, and half a sample of
+    ``p`` places added to each kind, ``d = sum(x_i) / P`` with ``P = sum(p_i) + 2 p``, and
+    ``d +- 1.96 sqrt(sum((x_i - d p_i)^2) + p^2 (1 + 2 d^2)) / P``: a ratio of sums over clusters
+    (Cochran 1977, "Sampling Techniques", section 9A.4), which is the above for one place each.
+
     Args:
-        before: Whether the float model is right, ``[N]``.
+        before: Whether the float model is right, ``[N]``; of a dense output ``[sum(p_i)]``.
         after: Whether the other is.
+        places: Of a dense output, the places of each sample, ``[N]``.
 
     Example:
         >>> import torch
@@ -52,9 +60,16 @@ def paired_drop(before: Tensor, after: Tensor) -> Drop:
         >>> drop.mean, round(drop.high, 4)
         (0.0, 0.0039)
     """
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
-    n, padded = len(before), len(before) + 2
-    centre = (lost - won) / padded
-    margin = _Z * math.sqrt(lost + won + 1 - (lost - won) ** 2 / padded) / padded
-    mean, top1 = (lost - won) / n, int(after.sum()) / n
-    return Drop(mean, centre - margin, centre + margin, top1, n)
+    lost = before.double() - after.double()
+    if places is None:
+        places = torch.ones(len(before), dtype=torch.long)
+    sample = torch.repeat_interleave(torch.arange(len(places)), places)
+    x, p = torch.zeros(len(places)).double().index_add_(0, sample, lost), places.double()
+    mean = float(p.mean())
+    padded = float(p.sum()) + 2 * mean
+    centre = float(x.sum()) / padded
+    spread = float((x - centre * p).square().sum()) + mean**2 * (1 + 2 * centre**2)
+    margin = _Z * math.sqrt(spread) / padded
+    return Drop(
+        float(lost.mean()), centre - margin, centre + margin, float(after.double().mean()), len(p)
+    )

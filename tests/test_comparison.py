@@ -1,17 +1,20 @@
 """Comparisons measure what they say, and go on where a killed one stopped."""
 
+import copy
 import json
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, quantize_static
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lq
-from lq.comparison import Comparison, Method, compare, default_methods
+from lq.comparison import Comparison, Method, compare, default_methods, parse_methods
 from lq.comparison.making import Maker
+from lq.comparison.method import formats_of
 from lq.comparison.row import pack, unpack
 from lq.comparison.speed import measure_speed, speedup
 from lq.models import digits_cnn
@@ -166,7 +169,7 @@ def test_only_what_changed_is_done_again(model, tmp_path, monkeypatch, change, a
     assert len(made) == again
 
 
-def test_other_weights_are_compared_anew(model, tmp_path, monkeypatch) -> None:
+def test_other_weights_are_compared_anew(model, tmp_path) -> None:
     first = run(model, tmp_path)
     torch.manual_seed(1)
     second = run(digits_cnn().eval(), tmp_path)
@@ -222,6 +225,50 @@ def test_a_moved_folder_goes_on(model, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "b" / found["max"].file).is_file()
 
 
+def test_damaged_files_are_made_again(model, tmp_path) -> None:
+    first = run(model, tmp_path)
+    (tmp_path / first["max"].file).write_bytes(b"half of it")
+    row = tmp_path / "methods" / "mse" / "row.json"
+    stored = json.loads(row.read_text())
+    del stored["kept"]["speedups"]  # as of an older version
+    row.write_text(json.dumps(stored))
+    again = run(model, tmp_path)
+    for name in ("max", "mse"):
+        assert again[name].right == first[name].right
+        assert (tmp_path / again[name].file).stat().st_size > 1000
+
+
+def test_keys_of_a_newer_version_are_passed_over(compared, tmp_path) -> None:
+    found, _ = compared
+    plain = json.loads(json.dumps(found.to_dict()))
+    plain["more"] = plain["rows"][0]["more"] = 1
+    (tmp_path / "comparison.json").write_text(json.dumps(plain))
+    assert json.dumps(Comparison.load(tmp_path).to_dict()) == json.dumps(found.to_dict())
+
+
+def test_integer_operators_are_int8(model, tmp_path) -> None:
+    lq.export_onnx(model, BATCHES[0], tmp_path / "float.onnx", target="onnxruntime")
+    dynamic = tmp_path / "dynamic.onnx"
+    quantize_dynamic(tmp_path / "float.onnx", dynamic, op_types_to_quantize=["MatMul", "Gemm"])
+    methods = {"dynamic": Method("file", path=dynamic)}
+    found = run(model, tmp_path / "out", methods)
+    assert found["dynamic"].is_integer
+    assert not found["float"].is_integer
+
+
+def test_segmentation_counts_images(tmp_path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 3, 1)).eval()
+    parts = [
+        [(x, torch.randint(3, (len(x), 8, 8))) for x, _ in p] for p in (BATCHES, HELD_OUT, TEST)
+    ]
+    found = compare(net, *parts, {"max": Method("ptq")}, tmp_path, progress=False)
+    assert found.n == 64
+    assert list(found.places) == [64] * 64
+    assert found["max"].lost.n == 64
+    assert found.difference(found["max"], found["float"]) == found["max"].lost
+
+
 def test_killed_while_a_folder_was_begun(model, tmp_path) -> None:
     (tmp_path / "methods" / "max").mkdir(parents=True)
     (tmp_path / "methods" / "max" / ".begun.123.json").write_text("{")
@@ -275,32 +322,27 @@ def test_files_of_the_user_are_left_alone(model, tmp_path) -> None:
 
 
 def test_files_of_other_tools_stand_beside_ours(model, tmp_path) -> None:
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(BATCHES)
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {"input": batch[0].numpy()}
-
     lq.export_onnx(model, BATCHES[0], tmp_path / "float.onnx", target="onnxruntime")
     name = ort.InferenceSession(tmp_path / "float.onnx").get_inputs()[0].name
-    reader = Reader()
-    reader.get_next = lambda: (
-        None if (batch := next(reader.batches, None)) is None else {name: batch[0].numpy()}
-    )
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter([{name: x.numpy()} for x, _ in BATCHES])
+
+        def get_next(self):
+            return next(self.feeds, None)
+
     theirs = tmp_path / "theirs.onnx"
-    quantize_static(tmp_path / "float.onnx", theirs, reader)
+    quantize_static(tmp_path / "float.onnx", theirs, Reader())
     found = run(model, tmp_path / "out", {"theirs": Method("file", path=str(theirs)), **PTQ})
     right = predictions(theirs) == torch.cat([t for _, t in TEST]).numpy()
-    assert found["theirs"].evaluation.top1 == pytest.approx(right.mean(), abs=2 / found.n)
+    # Its kernels round elsewhere than a session without our options, which may flip a sample.
+    assert found["theirs"].evaluation.top1 == pytest.approx(right.mean(), abs=1 / found.n)
     assert found["theirs"].is_integer
     assert found["theirs"].speedups
 
 
 def test_checkpoints_are_methods(model, tmp_path) -> None:
-    import copy
-
     net = lq.quantize(copy.deepcopy(model), "onnxruntime_int8")
     lq.calibrate(net, BATCHES, progress=False)
     path = tmp_path / "last.ckpt"
@@ -328,6 +370,9 @@ def test_refuses(model, tmp_path, change, message) -> None:
 def test_refuses_quantized_models_and_batches_that_end(model, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"call lq\.dequantize"):
         run(lq.quantize(digits_cnn(), "tensorrt_int8"), tmp_path)
+    shuffled = DataLoader(TensorDataset(*TEST[0]), 8, shuffle=True)
+    with pytest.raises(ValueError, match="its loader shuffles"):
+        compare(model, BATCHES, HELD_OUT, shuffled, PTQ, tmp_path)
     with pytest.raises(ValueError, match="`test` to be a list"):
         compare(model, BATCHES, HELD_OUT, iter(TEST), PTQ, tmp_path)
 
@@ -377,6 +422,39 @@ def test_methods_are_checked(settings, message) -> None:
         Method(**settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        pytest.param({"kind": "ptqq"}, "Method 'a': .*did you mean 'ptq'", id="kind"),
+        pytest.param({"kind": "ptq", "calibrater": "mse"}, "'a': .*'calibrator'", id="key"),
+        pytest.param(
+            {"kind": "mixed", "constraints": {"max_drop": 1}},
+            "'a': .*max_accuracy_drop",
+            id="limit",
+        ),
+        pytest.param({"kind": "qat", "epochs": "many"}, "Method 'a'", id="epochs"),
+        pytest.param(None, "Method 'a': Expected a `kind`", id="nothing"),
+    ],
+)
+def test_methods_of_a_config_are_named(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_methods({"a": given})
+
+
+def test_methods_of_a_config() -> None:
+    limits = {"max_accuracy_drop": 0.01}
+    found = parse_methods({8: {"kind": "mixed", "constraints": limits, "formats": ["int8"]}})
+    wanted = Method("mixed", constraints=lq.PrecisionConstraints(**limits), formats=("int8",))
+    assert found == {"8": wanted}
+
+
+def test_formats_that_the_target_does_not_run_are_refused_before_the_sweep() -> None:
+    assert formats_of(Method("mixed"), "onnxruntime") == ("int8", "fp16")
+    assert formats_of(Method("mixed"), "openvino") == ("int8",)
+    with pytest.raises(ValueError, match=r"openvino runs .*but got 'fp16'"):
+        formats_of(Method("mixed", formats=("int8", "fp16")), "openvino")
+
+
 def test_default_methods() -> None:
     assert [*default_methods("onnxruntime", trains=False)] == [
         "FP16", "PTQ max", "PTQ percentile", "PTQ entropy", "PTQ mse", "PTQ repaired", "mixed",
@@ -384,7 +462,6 @@ def test_default_methods() -> None:
     openvino = default_methods("openvino", trains=True)
     assert "FP16" not in openvino
     assert "QAT" in openvino
-    assert openvino["mixed"].formats == ("int8",)
 
 
 def test_packing_keeps_every_sample() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import lq
 from lq import cli
 from lq.models import create_model
 from tests.test_data import batch, published
@@ -26,7 +27,7 @@ SHORT = {
     "fit": ["--trainer.limit_train_batches=2"],
     "validate": [],
     "sensitivity": ["--batches=1"],
-    "compare": ["--trainer.limit_train_batches=2", "--batch_sizes=[1]"],
+    "compare": ["--batch_sizes=[1]"],
 }
 
 
@@ -79,7 +80,7 @@ def prepared(path: Path, folder: Path) -> list[str]:
         return arguments
     if path.stem == "compare":
         start_from("digits", folder)
-        return arguments
+        return [*arguments, "--data.batch_size=64"]
     name, kind = path.stem.rsplit("_", 1)
     if kind != "float":
         start_from(name, folder)
@@ -121,9 +122,11 @@ def test_config(path: Path, tmp_path, monkeypatch) -> None:
         "qat": {"last.ckpt", "best.ckpt", *exported},
         "lowbit": {"last.ckpt", "best.ckpt"},
         "sensitivity": {"sensitivity.json", "sensitivity.csv", "sensitivity.jsonl"},
-        "compare": {"comparison.json", "report.html", "report.md", "plots", "QAT", "mixed"},
+        "compare": {"comparison.json", "report.html", "report.md", "plots", "methods"},
     }
     assert expected[path.stem.rsplit("_", 1)[-1]] <= produced
+    if path.stem == "compare":
+        assert [row.failed for row in lq.Comparison.load("runs/compare")] == [""] * 9
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import lq
+from lq.layer_parity import _ties
 from lq.modes import eval_mode
 from lq.parity import compare
 
@@ -239,3 +240,10 @@ def test_averages_right_between_two_codes_may_be_rounded_either_way(tmp_path, mo
     assert (found.max_code_difference, found.differing) == (1, 0)
     monkeypatch.setattr("lq.layer_parity.TIE", -1.0)
     assert compare(model, path, [x]).first_divergence == "4.input_quantizer"
+
+
+def test_only_values_right_between_two_codes_are_ties() -> None:
+    quantizer = lq.Quantizer(lq.QuantSpec())
+    quantizer.scale.fill_(0.5)
+    steps = torch.tensor([0.5, -1.5, 2.4999, 2.49, 3.0, 7.6])
+    assert _ties(quantizer, steps * 0.5).tolist() == [True, True, True, False, False, False]

@@ -302,7 +302,10 @@ def large() -> Comparison:
         ranges={f"{name}.input_quantizer": [1.0 + i] for i, name in enumerate(NAMES)},
         weights=[weight_error(torch.randn(8, 16), name=NAMES[0])],
     )
-    methods = [row(f"method {i}", lost=i) for i in range(12)]
+    methods = [
+        row(f"method {i} of a name that goes on and on", lost=i % 5, size=1 + i / 200)
+        for i in range(12)
+    ]
     found = comparison(
         mixed, row("QAT", "qat", history=history), *methods,
         Row(name="gone", method={"kind": "file"}, failed="Expected a file, but there is none."),
@@ -386,6 +389,24 @@ DRAWN = [plot_accuracy, plot_drop_against_compression, plot_sizes, plot_speedups
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_labels_overlap(large, plot, theme) -> None:
     assert overlapping(plot(large, theme)) == []
+
+
+def test_the_legend_is_not_cut(large) -> None:
+    figure = plot_drop_against_compression(large)
+    renderer, edge = drawn(figure), figure.bbox
+    for text in figure.legends[0].get_texts():
+        box = text.get_window_extent(renderer)
+        assert edge.x0 <= box.x0
+        assert box.x1 <= edge.x1
+        assert box.y1 <= edge.y1
+
+
+def test_numbers_belong_to_their_points(large) -> None:
+    axes = plot_drop_against_compression(large).axes[0]
+    rows = [r for r in large.deployed if r.drop is not None]
+    for text in axes.texts:
+        found = rows[int(text.get_text()) - 1]
+        assert text.xy == (large.compression(found), found.lost.mean)
 
 
 def test_numbers_of_points_near_each_other_stand_apart(large) -> None:

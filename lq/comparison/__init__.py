@@ -1,7 +1,7 @@
 """Methods of quantizing, compared on the same samples and in the same engine."""
 
 from lq.comparison.explained import CalibrationSize, Explanation
-from lq.comparison.method import Method, default_methods
+from lq.comparison.method import Method, default_methods, parse_methods
 from lq.comparison.result import Comparison
 from lq.comparison.row import Row
 from lq.comparison.run import compare
@@ -16,4 +16,5 @@ __all__ = [
     "Speedup",
     "compare",
     "default_methods",
+    "parse_methods",
 ]

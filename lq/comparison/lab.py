@@ -25,6 +25,8 @@ from lq.comparison.speed import measure_speed
 from lq.costs import count_costs
 from lq.digest import DataDigest, model_digest
 from lq.evaluation import evaluate_outcome
+from lq.files import sha256
+from lq.interop import read_onnx
 from lq.messages import one_line
 from lq.outcome import Outcome
 from lq.plan import PrecisionPlan
@@ -35,6 +37,7 @@ from lq.surgery import quantizers
 log = logging.getLogger(__name__)
 CHECKED = 2
 """Batches that each export is compared with the model on."""
+INTEGER_PRODUCTS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 SHOWN = 4
 """Layers whose tensors and weights are looked at."""
 
@@ -42,12 +45,10 @@ SHOWN = 4
 class Lab:
     """What all methods of a comparison share."""
 
-    def __init__(
-        self, maker: Maker, test: Iterable[Any], target: str, folder: Path, training: str
-    ) -> None:
+    def __init__(self, maker: Maker, test: Iterable[Any], folder: Path, training: str) -> None:
         self.maker, self.test, self.folder, self.training = maker, test, folder, training
         self.checked = list(islice(test, CHECKED))
-        self.deployment = Deployment(target, max(map(count_samples, self.checked)))
+        self.deployment = Deployment(maker.target, max(map(count_samples, self.checked)))
         self.costs = count_costs(maker.model, self.checked[0])
         self.outcome: Outcome | None = None
         self.sensitivity: Sensitivity | None = None
@@ -57,7 +58,7 @@ class Lab:
             repr(maker.model),
             model_digest(maker.model),
             maker.recipe.to_json(),
-            target,
+            maker.target,
             self.deployment.hardware,
             *data,
         ]
@@ -84,9 +85,15 @@ class Lab:
         )
         row = Row.from_dict(plain)
         if (folder / "sensitivity.json").is_file():
-            self.sensitivity = Sensitivity.from_json(folder / "sensitivity.json")
+            self._take(Sensitivity.from_json(folder / "sensitivity.json"))
         log.info("%s: %s", name, row.failed or row.evaluation)
         return row
+
+    def _take(self, found: Sensitivity) -> None:
+        """Explain by the first sweep, or the first with int8 in it."""
+        before = self.sensitivity
+        if before is None or ("int8" in found.formats and "int8" not in before.formats):
+            self.sensitivity = found
 
     def folder_of(self, name: str) -> Path:
         """Return where a method keeps its files."""
@@ -118,6 +125,7 @@ class Lab:
             plan=_plan(run),
             history=[dict(line) for line in made.history],
             file="" if file is None else self._told(file),
+            sha256="" if file is None else sha256(file),
             note=" ".join(filter(None, (made.note, note))),
         )
 
@@ -126,9 +134,14 @@ class Lab:
         own, path = self.folder.resolve(), file.resolve()
         return str(path.relative_to(own) if path.is_relative_to(own) else path)
 
-    def _lasts(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row came to something, and its file is still there."""
-        return not row["failed"] and (not row["file"] or (self.folder / row["file"]).is_file())
+    def _lasts(self, plain: Mapping[str, Any]) -> bool:
+        """Return whether a row came to something, and its file is still what it was."""
+        try:
+            row = Row.from_dict(plain)
+        except (KeyError, TypeError, ValueError):  # of another version
+            return False
+        file = self.folder / row.file
+        return not row.failed and (not row.file or (file.is_file() and sha256(file) == row.sha256))
 
     def _file(self, model: nn.Module | Path, folder: Path) -> tuple[Path | None, str]:
         """Return the file of a model, or why there is none."""
@@ -165,11 +178,13 @@ class Lab:
     def result(self, rows: Sequence[Row], data: str, model: str) -> Comparison:
         """Return the comparison, with what explains it."""
         assert self.outcome is not None
+        places = self.outcome.places
         return Comparison(
             model=model,
             parameters=sum(p.numel() for p in self.maker.model.parameters()),
             data=data,
-            n=len(self.outcome.target),
+            n=len(self.outcome.target if places is None else places),
+            places=() if places is None else places.tolist(),
             held_out=sum(map(count_samples, self.maker.held_out)),
             target=self.deployment.target,
             hardware=self.deployment.hardware,
@@ -206,9 +221,15 @@ def _digest(batches: Iterable[Any], progress: bool) -> str:
 
 
 def _plan(model: nn.Module | Path) -> dict[str, str]:
-    """Return layer -> format as a model or a graph has it; nothing for an engine."""
-    if isinstance(model, Path) and model.suffix != ".onnx":
-        model = model.with_suffix(".onnx")
-        if not model.is_file():
-            return {}
-    return dict(PrecisionPlan.of(model))
+    """Return layer -> format as a model or a graph has it; nothing for an engine alone.
+
+    Operators that compute with integers without Q/DQ are int8.
+    """
+    if isinstance(model, nn.Module):
+        return dict(PrecisionPlan.of(model))
+    graph = model.with_suffix(".onnx")
+    if not graph.is_file():
+        return {}
+    found = read_onnx(graph)
+    products = {n: "int8" for n, op in found.integer_operators.items() if op in INTEGER_PRODUCTS}
+    return {**found.plan, **products}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lq.calibration import calibrate
-from lq.comparison.method import Method
+from lq.comparison.method import Method, formats_of
 from lq.mixed_precision import PrecisionConstraints, UnreachableError, verified_search
 from lq.repairs import repair
 from lq.restore import load_model
@@ -49,6 +49,7 @@ class Maker:
         batches: Calibration batches.
         held_out: (input, target) pairs that repairs are judged by and searches choose by.
         recipe: The recipe of methods that name none.
+        target: What will run the models.
         train: What trains a model.
         progress: Show progress bars.
     """
@@ -59,11 +60,13 @@ class Maker:
         batches: Iterable[Any],
         held_out: Iterable[Any],
         recipe: str | Path | Mapping[str, Any] | Recipe,
+        target: str,
         train: TrainFunction | None,
         progress: bool,
     ) -> None:
         self.model, self.batches, self.held_out = model, batches, held_out
-        self.recipe, self.train, self.progress = Recipe.parse(recipe), train, progress
+        self.recipe, self.target = Recipe.parse(recipe), target
+        self.train, self.progress = train, progress
 
     def make(self, method: Method, folder: Path) -> Made:
         """Return what a method gives.
@@ -107,7 +110,7 @@ class Maker:
         swept = sweep(
             self.model,
             self.batches,
-            method.formats,
+            formats_of(method, self.target),
             metric="kl",
             recipe=recipe,
             calibrator="max" if method.calibrator == "auto" else method.calibrator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from lq.calibrators import CALIBRATORS, parse_calibrators
 from lq.export.targets import TARGETS
 from lq.files import sha256
-from lq.messages import suggest
+from lq.formats import layer_formats
+from lq.messages import check_keys, suggest
 from lq.mixed_precision import PrecisionConstraints
 from lq.spec import Recipe
 
@@ -36,7 +38,8 @@ class Method:
         repair: For ``ptq``, also repair (see ``lq.repair``).
         epochs: For ``qat``, how long to train.
         constraints: For ``mixed``, the limits; at most one point of accuracy lost, if not given.
-        formats: For ``mixed``, the formats besides fp32.
+        formats: For ``mixed``, the formats besides fp32; int8, and fp16 where the target runs it,
+            if not given.
         path: For ``file``: an ``.onnx`` file of any tool, an ``.engine``, or a ``.ckpt`` of a
             ``QuantModule``.
 
@@ -58,7 +61,7 @@ class Method:
     repair: bool = False
     epochs: int = 1
     constraints: PrecisionConstraints | None = None
-    formats: tuple[str, ...] = ("int8", "fp16")
+    formats: tuple[str, ...] | None = None
     path: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +87,8 @@ class Method:
             object.__setattr__(self, "recipe", str(self.recipe) if named else recipe.to_dict())
         if self.path is not None:
             object.__setattr__(self, "path", str(self.path))
-        object.__setattr__(self, "formats", tuple(self.formats))
+        if self.formats is not None:
+            object.__setattr__(self, "formats", tuple(self.formats))
 
     def _changed(self) -> dict[str, Any]:
         settings = (f for f in dataclasses.fields(self) if f.name != "kind")
@@ -118,5 +122,52 @@ def default_methods(target: str, trains: bool) -> dict[str, Method]:
     found["PTQ repaired"] = Method("ptq", calibrator="auto", repair=True)
     if trains:
         found["QAT"] = Method("qat", calibrator="auto")
-    formats = ("int8", "fp16") if half else ("int8",)
-    return {**found, "mixed": Method("mixed", calibrator="auto", formats=formats)}
+    return {**found, "mixed": Method("mixed", calibrator="auto")}
+
+
+def formats_of(method: Method, target: str) -> tuple[str, ...]:
+    """Return the formats of a mix, besides fp32.
+
+    Raises:
+        ValueError: If the target does not run one.
+    """
+    runs = TARGETS[target]
+    formats = method.formats or tuple(format for format in ("int8", "fp16") if format in runs)
+    for format in formats:
+        if not {*layer_formats(format)} <= runs:
+            raise ValueError(
+                f"Expected `formats` that {target} runs ({', '.join(sorted(runs))}), but got "
+                f"{format!r}."
+            )
+    return formats
+
+
+def parse_methods(values: Mapping[str, Any]) -> dict[str, Method]:
+    """Return the methods that plain values describe, as a config has them.
+
+    Raises:
+        ValueError: For the first that is none, naming it.
+
+    Example:
+        >>> parse_methods({"a": {"kind": "ptq", "calibrater": "mse"}})
+        Traceback (most recent call last):
+        ValueError: Method 'a': Expected known keys in a method, but got 'calibrater'; did you mean
+        'calibrator'?
+    """
+    return {str(name): _parsed(str(name), given) for name, given in values.items()}
+
+
+def _parsed(name: str, given: Any) -> Method:
+    try:
+        if not isinstance(given, Mapping) or "kind" not in given:
+            raise ValueError(f"Expected a `kind` and its settings, but got {given!r}.")
+        settings = dict(given)
+        check_keys(settings, [f.name for f in dataclasses.fields(Method)], "a method")
+        limits = settings.get("constraints")
+        if isinstance(limits, Mapping):
+            known = [f.name for f in dataclasses.fields(PrecisionConstraints)]
+            check_keys(limits, known, "`constraints`")
+            settings["constraints"] = PrecisionConstraints(**limits)
+        return Method(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Method {name!r}: {error}") from None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lq.comparison.explained import Explanation
 from lq.comparison.row import Row, unpack
 from lq.comparison.speed import Setting
@@ -33,6 +35,7 @@ class Comparison:
         parameters: Numbers in it.
         data: Name of the data.
         n: Test samples.
+        places: Of dense outputs, how many predictions each sample has; empty where it is one.
         held_out: Samples that repairs and searches chose by.
         target: What the models were exported for.
         hardware: What ran them, with its version.
@@ -60,6 +63,7 @@ class Comparison:
     costs: Costs
     explanation: Explanation = field(default_factory=Explanation)
     sensitivity: Sensitivity | None = None
+    places: Sequence[int] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -89,7 +93,9 @@ class Comparison:
 
     def difference(self, row: Row, other: Row) -> Drop:
         """Return how much less often `row` is right than `other`, on the same samples."""
-        return paired_drop(unpack(other.right, self.n), unpack(row.right, self.n))
+        places = torch.tensor(self.places) if self.places else None
+        bits = sum(self.places) or self.n
+        return paired_drop(unpack(other.right, bits), unpack(row.right, bits), places)
 
     @property
     def settings(self) -> list[Setting]:
@@ -142,9 +148,9 @@ class Comparison:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
         """Return the comparison that ``to_dict`` wrote, also by way of JSON."""
-        plain = dict(values)
-        if plain.pop("version") != VERSION:
+        if values["version"] != VERSION:
             raise ValueError(f"its version is not {VERSION}")
+        plain = {f.name: values[f.name] for f in dataclasses.fields(cls)}
         found = plain["sensitivity"]
         return cls(
             **{

@@ -33,6 +33,7 @@ class Row:
         seconds: How long it took to make.
         file: The file that was measured, by its path from the folder of the comparison; empty if
             there is none.
+        sha256: Of that file.
         note: What else there is to say of it.
         failed: Why it came to nothing, in one line.
     """
@@ -46,6 +47,7 @@ class Row:
     history: Sequence[Mapping[str, float]] = ()
     seconds: float = 0.0
     file: str = ""
+    sha256: str = ""
     note: str = ""
     failed: str = ""
 
@@ -98,7 +100,8 @@ class Row:
         found = values["evaluation"]
         evaluation = None if found is None else Evaluation.from_dict(found)
         speedups = tuple(Speedup(**speedup) for speedup in values["speedups"])
-        return cls(**{**values, "evaluation": evaluation, "speedups": speedups})
+        own = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+        return cls(**{**own, "evaluation": evaluation, "speedups": speedups})
 
 
 def pack(right: Tensor) -> str:

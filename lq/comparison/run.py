@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 
 from lq.batches import check_batches, check_repeatable
@@ -92,6 +93,8 @@ def compare(
     for what, part in ("batches", batches), ("held_out", held_out), ("test", test):
         check_batches(part)
         check_repeatable(part, what)
+        if isinstance(getattr(part, "sampler", None), RandomSampler):
+            raise ValueError(f"Expected `{what}` in a fixed order, but its loader shuffles.")
         if next(iter(part), None) is None:
             raise ValueError(f"Expected `{what}` to hold at least one batch, but got none.")
     methods = default_methods(target, train is not None) if methods is None else methods
@@ -100,8 +103,9 @@ def compare(
         raise ValueError("Expected a float model, but it has quantizers; call lq.dequantize.")
     folder = Path(folder)
     with torch.inference_mode(False):
-        maker = Maker(model, batches, held_out, recipe or f"{target}_int8", train, progress)
-        lab = Lab(maker, test, target, folder, training)
+        recipe = recipe or f"{target}_int8"
+        maker = Maker(model, batches, held_out, recipe, target, train, progress)
+        lab = Lab(maker, test, folder, training)
         for given in (FLOAT, *methods):
             check_own(lab.folder_of(given))
         rows = [lab.float_row()]

@@ -15,6 +15,7 @@ from lq.plots.style import (
     MARKERS,
     SMALL,
     add_legend,
+    elide,
     new_figure,
     percent_axis,
     theme_of,
@@ -79,7 +80,7 @@ def plot_drop_against_compression(comparison: Comparison, theme: str = "light") 
         colour = _look(row, theme)[0]
         x = comparison.compression(row)
         axes.vlines(x, drop.low, drop.high, color=colour, linewidth=1.2, alpha=0.7)
-        label = f"{i + 1}  {row.name}: {x:.2f}x, {100 * drop.mean:+.2f}"
+        label = f"{i + 1}  {elide(row.name, 18)}: {x:.2f}x, {100 * drop.mean:+.2f}"
         _point(axes, x, drop.mean, row, label, theme)
     axes.axhline(0, color=ink, linewidth=1)
     axes.set(xlabel="times as small as the float file", ylabel="top-1 lost against float (95%)")

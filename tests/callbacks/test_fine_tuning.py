@@ -103,6 +103,44 @@ def test_goes_on_after_a_kill(parts, tmp_path, monkeypatch) -> None:
     assert equal(done.state_dict(), whole.state_dict())
 
 
+def test_trains_in_training_mode(parts) -> None:
+    """Whoever measured the module before has set it to eval."""
+    module, net = parts
+    before = net[1].running_mean.clone()
+    module.eval()
+    net.eval()
+    fine_tune(module, net, 1, Data(), "cpu")
+    assert not torch.equal(net[1].running_mean, before)
+    assert not module.training
+
+
+def test_the_loss_is_the_mean_of_the_batches(parts) -> None:
+    module, net = parts
+    seen: list[float] = []
+
+    class Seen(lq.QuantModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            seen.append(float(loss.detach()))
+            return loss
+
+    spy = Seen(module.model, recipe=None, optimizer=sgd)
+    rows = fine_tune(spy, net, 2, Data(), "cpu")
+    assert [row["train/loss"] for row in rows] == pytest.approx(
+        [(seen[0] + seen[1]) / 2, (seen[2] + seen[3]) / 2]
+    )
+
+
+def test_a_damaged_checkpoint_is_trained_over(parts, tmp_path, caplog) -> None:
+    module, net = parts
+    whole = copy.deepcopy(net)
+    fine_tune(module, whole, 1, Data(), "cpu")
+    (tmp_path / "last.ckpt").write_bytes(b"half of it")
+    fine_tune(module, net, 1, Data(), "cpu", folder=tmp_path)
+    assert "Training begins again" in caplog.text
+    assert equal(net.state_dict(), whole.state_dict())
+
+
 def test_training_is_told_apart() -> None:
     def told(**settings: float) -> str:
         module = lq.QuantModule(
@@ -113,3 +151,19 @@ def test_training_is_told_apart() -> None:
     assert told(lr=0.1) == told(lr=0.1)
     assert told(lr=0.1) != told(lr=0.2)
     assert told(lr=0.1) != told(lr=0.1, weight_decay=1e-4)
+
+
+def test_schedules_and_losses_are_told_apart() -> None:
+    class Other(lq.QuantModule):
+        def training_step(self, batch, batch_idx):
+            return 2 * super().training_step(batch, batch_idx)
+
+    def told(base: float, cls: type = lq.QuantModule) -> str:
+        def schedule(optimizer):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: base**epoch)
+
+        return training_of(cls(digits_cnn(), recipe=None, lr_scheduler=schedule), Data())
+
+    assert told(0.5) == told(0.5)
+    assert told(0.5) != told(0.9)
+    assert told(0.5) != told(0.5, Other)
