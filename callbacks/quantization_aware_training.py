@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from typing_extensions import Unpack
 
+from lq.callbacks.former_arguments import FormerArguments, Settings, check_fused, translate
 from lq.callbacks.target import check_still_quantized, quantize_target, target_module
 from lq.qat import copy_scales, learns_scales, save_memory
 from lq.quantized_training import QuantizedTraining, check_batch_count, idle_until_calibrated
@@ -44,6 +46,7 @@ class QuantizationAwareTraining(L.Callback):
         freeze_scales_epoch: Epoch from which learned and moving ranges stay as they are.
         freeze_batchnorm_epoch: Epoch from which BatchNorm uses, and keeps, its running statistics.
         save_memory: Let the backward pass quantize again instead of saving quantized copies.
+        former: Arguments that this callback had in Lightning 1.9; each tells how it is said now.
 
     Attributes:
         ranges: What was found last, once it is.
@@ -72,10 +75,13 @@ class QuantizationAwareTraining(L.Callback):
         freeze_scales_epoch: int | None = None,
         freeze_batchnorm_epoch: int | None = None,
         save_memory: bool = False,
+        **former: Unpack[FormerArguments],
     ) -> None:
-        check_batch_count(calibrator, calibration_batches)
-        self.recipe, self.module, self.calibrator = recipe, module, calibrator
-        self.calibration_batches = calibration_batches
+        settings = translate(former, Settings(recipe, calibrator, calibration_batches))
+        check_batch_count(settings.calibrator, settings.calibration_batches)
+        self.recipe, self.module, self.calibrator = settings.recipe, module, settings.calibrator
+        self.calibration_batches = settings.calibration_batches
+        self.fused = settings.fused
         self.schedule = Schedule(
             start_epoch,
             start_step,
@@ -93,6 +99,7 @@ class QuantizationAwareTraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
         target = quantize_target(pl_module, self.module, self.recipe)
+        check_fused(target, self.fused)
         self._layers = dict(quantized_layers(target))
         save_memory(target, self.save_memory)
         if stage == "fit":

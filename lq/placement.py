@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from torch import fx, nn
+from torch.nn.modules.pooling import _MaxPoolNd
 
 from lq.dataflow import Dataflow, Flow, Reader
 from lq.rectified import is_average_pool, is_rectified, rectified_pools
@@ -59,14 +60,13 @@ def place(dataflow: Dataflow, recipe: Recipe, layers: Mapping[str, LayerSpec]) -
 def nameable(dataflow: Dataflow) -> dict[str, nn.Module]:
     """Return the modules besides layers that a rule may name, by qualified name.
 
-    They are those whose forward adds or multiplies tensors, or may do so; average pooling and
+    They are those whose forward adds or multiplies tensors, or may do so; pooling and
     normalization.
     """
     return {
         name: module
         for name, module in dataflow.modules.items()
-        if is_average_pool(module)
-        or _is_norm(module)
+        if _is_named_only(module)
         or name in dataflow.untraced
         or (name in dataflow.flows and _combines(dataflow, dataflow.flows[name]))
     }
@@ -182,7 +182,7 @@ class _Placer:
         for name, module in self.dataflow.modules.items():
             spec = self.recipe.layer_spec(name, module).inputs
             named = self.recipe.names_type(name, module)
-            if named and spec.needs_scale and (is_average_pool(module) or _is_norm(module)):
+            if named and spec.needs_scale and _is_named_only(module):
                 self.placement.specs[Site(name, INPUT)] = spec
 
     def untraced(self) -> dict[str, str]:
@@ -217,6 +217,11 @@ class _Placer:
     def _site(self, reader: Reader) -> Site:
         is_layer = reader.name in self.layers
         return Site(reader.name, INPUT if is_layer else argument_slot(reader.argument))
+
+
+def _is_named_only(module: nn.Module) -> bool:
+    """Return whether a module is of a kind whose input is quantized where a rule names its type."""
+    return is_average_pool(module) or isinstance(module, _MaxPoolNd) or _is_norm(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from lq.placement import Placement, nameable, place
 from lq.quantizer import Quantizer
 from lq.sites import Site, attach, detach
 from lq.spec import FLOAT_LAYER, LayerSpec, Recipe
+from lq.toolkits import toolkit_of
 
 log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -72,6 +73,9 @@ def _sort_layers(dataflow: Dataflow) -> tuple[dict[str, nn.Module], dict[str, st
     layers: dict[str, nn.Module] = {}
     left = dataflow.read_uncalled()
     for name, module in dataflow.modules.items():
+        toolkit = toolkit_of(module)
+        if toolkit is not None:
+            left[name] = f"quantized by {toolkit}"
         if not is_quantizable(module) or name in left:
             continue
         reason = unsupported(module)

@@ -429,7 +429,7 @@ def test_methods_are_checked(settings, message) -> None:
         pytest.param({"kind": "ptq", "calibrater": "mse"}, "'a': .*'calibrator'", id="key"),
         pytest.param(
             {"kind": "mixed", "constraints": {"max_drop": 1}},
-            "'a': .*max_accuracy_drop",
+            "'a': .*'max_drop'",
             id="limit",
         ),
         pytest.param({"kind": "qat", "epochs": "many"}, "Method 'a'", id="epochs"),

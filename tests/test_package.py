@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {
         *("attention", "functional", "files", "formats", "gemm", "messages", "ranks", "tracing"),
-        *("paired", "outcome", "timing", "peak_memory", "tables"),
+        *("paired", "outcome", "timing", "peak_memory", "tables", "toolkits"),
     },
     {"tensor_spec"},
     {"spec"},

@@ -554,3 +554,10 @@ def test_additions_of_float_blocks_are_float(residual: str, format: str) -> None
     model = lq.quantize(digits_cnn(), {"residual": residual, "rules": rules})
     scaled = {n for n, q in lq.surgery.quantizers(model).items() if q.spec.needs_scale}
     assert scaled == {"9.input_quantizer", "9.weight_quantizer"}
+
+
+def test_maximum_pooling_that_a_rule_names_shares_with_the_layer_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1))
+    lq.quantize(model, {"rules": [{"type": "MaxPool2d", "format": "int8"}]})
+    assert model[1].input_quantizer is model[2].input_quantizer
+    assert not hasattr(lq.quantize(model, "tensorrt_int8")[1], "input_quantizer")

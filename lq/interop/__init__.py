@@ -3,13 +3,29 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lq.interop.converting import not_converted
+    from lq.interop.modelopt import from_modelopt, to_modelopt
+    from lq.interop.pytorch_quantization import from_pytorch_quantization
     from lq.interop.reading import GraphLayer, QuantizedGraph, TensorRange, read_onnx
 
-__all__ = ["GraphLayer", "QuantizedGraph", "TensorRange", "read_onnx"]
+__all__ = [
+    "GraphLayer",
+    "QuantizedGraph",
+    "TensorRange",
+    "from_modelopt",
+    "from_pytorch_quantization",
+    "not_converted",
+    "read_onnx",
+    "to_modelopt",
+]
 
-# Resolved on first use: the one wants onnx, which the other does without.
+# Resolved on first use: some want onnx, which the others do without.
 _LAZY = {
     **dict.fromkeys(("GraphLayer", "QuantizedGraph", "TensorRange", "read_onnx"), "reading"),
+    "from_modelopt": "modelopt",
+    "from_pytorch_quantization": "pytorch_quantization",
+    "not_converted": "converting",
+    "to_modelopt": "modelopt",
 }
 
 
