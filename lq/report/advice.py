@@ -104,7 +104,7 @@ def _speed(comparison: Comparison, rows: list[Row]) -> Iterator[str]:
         row, found = _fastest([row for row in rows if _mostly(row) == "int8"], setting)
         other, half = _fastest([r for r in rows if _mostly(r) in ("fp16", "bf16")], setting)
         if row is not None and found is not None:
-            beside = f"; {other.name} is {half.ratio:.2f}x" if other and half else ""
+            beside = f"; in 16 bits {other.name} is {half.ratio:.2f}x" if other and half else ""
             told = f"the fastest, {row.name}, is {times(found)}{beside}"
             if found.high < 1:
                 yield f"INT8 is slower than float on {comparison.hardware}: {told}."
