@@ -93,7 +93,8 @@ class QuantizerMonitor(L.Callback):
         """Watch the quantizers during a measured step."""
         draws = _is_due(trainer, self.histogram_every_n_steps)
         measures = draws or _is_due(trainer, self.every_n_steps) or not self._has_begun
-        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        last = batch_idx + 1 == trainer.num_training_batches
+        steps = last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not (measures and steps and trainer.loggers and trainer.is_global_zero):
             return
         target = target_module(pl_module, self.module)
@@ -123,6 +124,7 @@ class QuantizerMonitor(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what other callbacks found."""
+        self._watch.abort()  # of a batch that was skipped
         self._findings.show(trainer, target_module(pl_module, self.module))
 
     def on_validation_batch_start(
@@ -140,6 +142,7 @@ class QuantizerMonitor(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Show what other callbacks found at the end."""
+        self._watch.abort()
         self._findings.stop()
         self._findings.show(trainer, target_module(pl_module, self.module))
 

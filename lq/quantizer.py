@@ -303,10 +303,10 @@ class Quantizer(nn.Module):
         return (qmax / spec.qmax) ** 2 / math.sqrt(max(shared, 1) * qmax)
 
     def clipped(self, x: Tensor) -> Tensor:
-        """Return where `x` lies beyond the range, as a mask."""
+        """Return where `x` lies beyond the range, NaN included, as a mask."""
         codes = x.detach() / along_axis(self.positive_scale, self.spec.axis, x.dim())
         codes = codes + self.zero_point
-        return (codes < self.spec.qmin - 0.5) | (codes > self.spec.qmax + 0.5)
+        return ~((codes >= self.spec.qmin - 0.5) & (codes <= self.spec.qmax + 0.5))
 
     def extra_repr(self) -> str:
         """Return format, axis and scale in a few words."""

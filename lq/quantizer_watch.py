@@ -87,7 +87,10 @@ class QuantizerWatch:
 
     def _look(self, name: str, owner: nn.Module, show: Show | None) -> Callable[..., None]:
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if f"{name}/sqnr_db" in self._found:  # an addition's next input is quantized already
+            # An addition's next input is quantized already; an empty batch tells nothing, and
+            # integers pass as they are.
+            given = args[0].numel() and args[0].is_floating_point()
+            if f"{name}/sqnr_db" in self._found or not given:
                 return
             assert isinstance(quantizer, Quantizer)
             axis = channel_axis(quantizer, owner, args[0])

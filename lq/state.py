@@ -66,9 +66,11 @@ def decode_recipe(stored: Tensor) -> Recipe:
     """Return the recipe in a tensor made by ``encode_recipe``."""
     try:
         values = json.loads(bytes(stored.cpu().tolist()))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r}")
         # What was saved before recipes said so has no quantizers on residual additions.
         return Recipe.from_dict({"residual": None, **values})
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"The recipe in the state_dict is damaged: {error}.") from None
 
 

@@ -24,6 +24,7 @@ from lq.engines.clipping import (
 )
 from lq.engines.torch_runner import TorchRunner
 from lq.engines.window import Window
+from lq.samples import count_samples
 
 log = logging.getLogger(__name__)
 AGREEMENT = "agreement"
@@ -155,9 +156,12 @@ class DriftMonitor(Runner):
             counts, outputs = {}, self.runner.run(*args, **kwargs)
         if self._grids:
             counts = counts | clip_counts(bind_inputs(list(self._grids), args, kwargs), self._grids)
-        self._note_clips(len(outputs[0]), counts)
+        self._note_clips(count_samples([*args, *kwargs.values()]), counts)
         if sampled and self.shadow is not None:
-            self._compare(self.shadow, outputs[0], args, kwargs)
+            try:
+                self._compare(self.shadow, outputs[0], args, kwargs)
+            except Exception:  # what runs must not fail because what looks on does
+                log.exception("Cannot compare with %s.", self.shadow.name)
         return outputs
 
     def report(self) -> DriftReport:
@@ -185,6 +189,11 @@ class DriftMonitor(Runner):
     ) -> None:
         with self._shadow_lock:  # a torch model is put into eval mode and back
             expected = shadow.run(*args, **kwargs)[0]
+        if expected.shape != output.shape or output.dim() < 2 or output.shape[1] < 2:
+            raise ValueError(
+                "Expected outputs [N, classes, ...] of one shape to compare, but got "
+                f"{list(output.shape)} and {list(expected.shape)}; leave `shadow` out."
+            )
         differ = output.cpu().argmax(1) != expected.cpu().argmax(1)
         crossed = []
         with self._lock:

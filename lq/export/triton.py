@@ -49,8 +49,8 @@ def triton_repository(
 ) -> Path:
     """Write a model into a Triton model repository: its config, and the file in a version folder.
 
-    Where the first axis of all inputs and outputs varies, Triton puts requests together to batches;
-    a model of fixed batch gets ``max_batch_size: 0`` and is run as it is.
+    Where the first axis of all inputs and outputs varies as one, Triton puts requests together to
+    batches; another model gets ``max_batch_size: 0`` and is run as it is.
 
     Args:
         path: An ONNX file, which ONNX Runtime will run, or a TensorRT engine with its sidecar and
@@ -83,8 +83,12 @@ def triton_repository(
     _check(name, version, max_batch_size, queue_delay_us, instances, device)
     is_engine = path.suffix in ENGINES
     graph = load_graph(_graph_of_engine(path) if is_engine else path).graph
-    inputs, outputs = _tensors(graph.inputs), _tensors(graph.outputs)
-    batched = all(tensor.varies for tensor in inputs + outputs)
+    given = [value for value in graph.inputs if value.name not in graph.initializers]
+    inputs, outputs = _tensors(given), _tensors(graph.outputs)
+    axes = {_first_axis(value) for value in (*given, *graph.outputs)}
+    batched = len(axes) == 1 and None not in axes
+    if is_engine and device == "cpu":
+        raise ValueError("Expected another `device` than 'cpu' for a TensorRT engine.")
     if not is_engine:
         _refuse_external_data(graph, path)
     elif batched:
@@ -117,17 +121,18 @@ class _Tensor:
     shape: tuple[int, ...]
     """-1 where it varies."""
 
-    @property
-    def varies(self) -> bool:
-        """Whether the first axis does."""
-        return self.shape[:1] == (-1,)
-
     def text(self, batched: bool) -> str:
         """Return what the config says of it; Triton counts the batch apart."""
         shape = list(self.shape[1:] if batched else self.shape)
         # Triton has no tensors without axes but by way of another shape.
         dims = f"dims: {shape}" if shape else "dims: [1] reshape { shape: [] }"
         return f"{{ name: {json.dumps(self.name)} data_type: TYPE_{self.dtype} {dims} }}"
+
+
+def _first_axis(value: ir.Value) -> str | None:
+    """Return the name of a first axis that varies."""
+    axis = value.shape[0] if value.shape is not None and len(value.shape) else None
+    return None if axis is None or isinstance(axis, int) else str(axis)
 
 
 def _tensors(values: Iterable[ir.Value]) -> list[_Tensor]:
@@ -189,7 +194,7 @@ def _check(
         )
     counts = {"version": version, "max_batch_size": max_batch_size, "instances": instances}
     for argument, count in counts.items():
-        if count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"Expected `{argument}` to be at least 1, but got {count}.")
     if queue_delay_us < 0:
         raise ValueError(f"Expected `queue_delay_us` to be at least 0, but got {queue_delay_us}.")

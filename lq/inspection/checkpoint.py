@@ -29,22 +29,36 @@ def inspect_checkpoint(path: Path) -> Inspection:
     """Return what a ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors`` file holds."""
     values = read_checkpoint(path)
     state = values.get("state_dict", values)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not _is_state(state):
         raise ValueError(f"Expected {str(path)!r} to hold a state_dict, but found other values.")
     recipes = {k.removesuffix(RECIPE): decode_recipe(state[k]) for k in state if k.endswith(RECIPE)}
     reader = _Reader(state, recipes)
     rows = [*reader.layers(), *reader.others()]
     formats = Counter(row["format"] for row in rows if row["kind"] == "layer")
     facts: dict[str, Any] = {"size": size_of(path)}
-    facts |= {k: values[k] for k in ("epoch", "global_step") if k in values}
+    counts = {k: values.get(k) for k in ("epoch", "global_step")}
+    facts |= {name: count for name, count in counts.items() if isinstance(count, int)}
     facts |= {
-        "parameters": sum(t.numel() for k, t in state.items() if t.is_floating_point()),
+        "parameters": sum(t.numel() for k, t in state.items() if _is_parameter(k, t)),
         "layers": dict(formats.most_common()),
         "quantizers": len(reader.quantizers),
         "recipe": "; ".join(r.to_json() for r in recipes.values()) or None,
     }
     kind = "checkpoint" if "state_dict" in values else "weights"
     return Inspection(str(path), kind, facts, rows, reader.not_calibrated())
+
+
+def _is_state(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
+    )
+
+
+def _is_parameter(name: str, value: Tensor) -> bool:
+    """Return whether a tensor trains: no statistics of BatchNorm, and no range."""
+    ranges = (_QUANTIZER + _SCALE, _QUANTIZER + _OFFSET)
+    kept = name.endswith(("running_mean", "running_var", *ranges))
+    return value.is_floating_point() and not kept
 
 
 class _Reader:
@@ -130,10 +144,10 @@ class _Reader:
         if not isinstance(scale, Tensor):
             return scale
         if offset is not None:
-            return [float(offset), float(offset + scale * spec.qmax)]
+            return [float(offset.min()), float((offset + scale * spec.qmax).max())]
         if recipe.unsigned and spec.number_format.is_integer:
-            return f"{float(scale):.3g} a code"  # whether it has a sign, the model decides
-        return [float(scale * spec.qmin), float(scale * spec.qmax)]
+            return f"{float(scale.max()):.3g} a code"  # whether it has a sign, the model decides
+        return [float(scale.max() * spec.qmin), float(scale.max() * spec.qmax)]
 
     def _scale(self, name: str, spec: QuantSpec) -> Tensor | str | None:
         scale = self.state.get(name + _SCALE)

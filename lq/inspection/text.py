@@ -17,6 +17,8 @@ from lq.spec import Recipe, Rule
 def inspect_yaml(path: Path) -> Inspection:
     """Return what a recipe or a plan says."""
     recipe = Recipe.from_yaml(path)
+    if not path.read_text(encoding="utf-8").strip():
+        raise ValueError(f"Expected {str(path)!r} to hold a recipe or a plan, but it is empty.")
     try:
         plan = PrecisionPlan.from_yaml(path)
     except ValueError:
@@ -53,7 +55,7 @@ def inspect_json(path: Path) -> Inspection:
     """Return what a sweep or a file of ranges says."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8")).keys()
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(
             f"Expected {str(path)!r} to be a JSON file of lq, but it is no JSON object."
         ) from None
