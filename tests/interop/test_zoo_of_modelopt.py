@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from lq.batches import tensors
 from lq.functional import sqnr_db
 from lq.interop import from_modelopt, not_converted
 from lq.models import resnet20, resnet56
+from lq.state import recipe_of
+from lq.surgery import quantizers
 from tests.test_models import cifar10_test_images
-from tests.test_zoo import CASES, EXPLAINED, images
+from tests.test_zoo import CASES, EXPLAINED, added, images
 
 mtq = pytest.importorskip("modelopt.torch.quantization")
 BY_DEFAULT = ("mobilenet_v2", "densenet")
@@ -101,6 +104,23 @@ def test_brought_along_and_exported(name: str, tmp_path: Path) -> None:
     assert min(agreed) > 0.9 or name in FADING
     limit = 0.2 if name in FADING else 1 / 16
     assert all(abs(a - b) <= limit for a, b in to_float)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_additions_can_be_quantized_afterwards(tmp_path) -> None:
+    case = CASES["mobilenet_v2"]
+    model, x = case.make().eval(), pictures(case.image, 16)
+    mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda m: m(x))
+    from_modelopt(model)
+    theirs = {n: q.amax.clone() for n, q in quantizers(model).items()}
+    lq.quantize(model, dataclasses.replace(recipe_of(model), residual="shortcut"))
+    lq.calibrate(model, [x], progress=False)
+    mine = {n: q.amax for n, q in quantizers(model).items()}
+    assert added(model) == case.additions
+    for name in theirs.keys() & mine.keys():  # behind them, what is quantized differs a little
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0.1, atol=0)
+    lq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert {f.rule for f in lq.lint(tmp_path / "m.onnx")} <= {"small-gemm"}
 
 
 @pytest.mark.filterwarnings("ignore")
