@@ -99,7 +99,7 @@ class QuantizationAwareTraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the quantizers in."""
         target = quantize_target(pl_module, self.module, self.recipe)
-        check_fused(target, self.fused)
+        check_fused(pl_module, self.fused)
         self._layers = dict(quantized_layers(target))
         save_memory(target, self.save_memory)
         if stage == "fit":

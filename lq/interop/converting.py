@@ -19,7 +19,7 @@ from lq.placement import nameable, place
 from lq.quantizer import Quantizer
 from lq.sites import OUTPUT, Site
 from lq.spec import FLOAT_LAYER, LayerSpec, Recipe, Rule
-from lq.surgery import quantizable_layers, quantize, quantizers
+from lq.surgery import left_float, quantizable_layers, quantize, quantizers
 from lq.tensor_spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -174,8 +174,11 @@ class _Converter:
         by_alias = dict(self.model.named_modules(remove_duplicate=False))
         for name, quantizer in pairs:
             mine = by_alias.get(name.lstrip("."))
-            if isinstance(mine, Quantizer) and mine.scale is not None:
+            if isinstance(mine, Quantizer):
                 wanted.setdefault(mine, {})[name] = quantizer
+            elif name not in self.found.lost:
+                reason = left_float(self.model).get(name.rpartition(".")[0], "it has no place here")
+                self.found.lost[name] = f"left float: {reason}"
         for mine, sources in wanted.items():
             self._set(mine, sources, modules)
 

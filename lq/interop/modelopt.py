@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lq.checkpoint import read_checkpoint
 from lq.functional import along_axis, amax_to_scale
 from lq.interop.converting import Found, convert
+from lq.interop.factors import multiply, norms_before
 from lq.interop.foreign import foreign
 from lq.layers import QuantLayer
 from lq.quantizer import Quantizer
@@ -43,8 +45,8 @@ def from_modelopt(model: ModuleT, state: str | Path | Mapping[str, Any] | None =
 
     Raises:
         ImportError: If nvidia-modelopt is not installed.
-        ValueError: If the model is not quantized by it, or computes what engines cannot as it is:
-            inputs that are multiplied before they are quantized (SmoothQuant, AWQ).
+        ValueError: If the model is not quantized by it, or multiplies inputs before it quantizes
+            them (SmoothQuant, AWQ) where no normalization before them can do so.
     """
     mto = _import()
     if state is not None:
@@ -57,7 +59,9 @@ def from_modelopt(model: ModuleT, state: str | Path | Mapping[str, Any] | None =
         model = mto.restore_from_modelopt_state(model, saved["modelopt_state"])
         model.load_state_dict(saved["model_state_dict"])
     found = _read(model)
+    norms = _foldable(model)
     _take_out(model)
+    multiply(model, norms)
     convert(model, found)
     return model
 
@@ -97,12 +101,6 @@ def _read(model: nn.Module) -> Found:
 
 
 def _add(found: Found, name: str, owner: str, slot: str, quantizer: Any) -> None:
-    if quantizer.pre_quant_scale is not None:
-        raise ValueError(
-            f"Expected {owner!r} to quantize its input as it is, but each channel is multiplied by "
-            "a factor first (SmoothQuant, AWQ); disable that for this layer, or fold the factors "
-            "into the layer before it."
-        )
     if slot not in _SLOTS:
         found.lost[name] = "quantizers of attention, and others by hand, have no counterpart"
         return
@@ -131,6 +129,22 @@ def _unlike(quantizer: Any) -> str | None:
     if not quantizer.fake_quant:
         return "its weight is compressed already"
     return None
+
+
+def _foldable(model: nn.Module) -> dict[str, Tensor]:
+    """Return the normalizations before layers whose input is multiplied first, with the factors."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    factors = {
+        name.rpartition(".")[0]: module.pre_quant_scale.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.pre_quant_scale is not None
+    }
+    if not factors:
+        return {}
+    probe = copy.deepcopy(model)  # the model itself stays as it is where this is refused
+    _take_out(probe)
+    return norms_before(probe, factors)
 
 
 def _take_out(model: nn.Module) -> None:

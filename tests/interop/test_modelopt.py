@@ -251,6 +251,59 @@ def test_what_has_no_counterpart_is_named(caplog) -> None:
     assert all(name in caplog.text for name in lost)
 
 
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(16), Attention()
+        self.norm2 = nn.LayerNorm(16)
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, width).unbind(2)
+        return self.proj((q @ k.transpose(1, 2) / 4).softmax(-1) @ v)
+
+
+def smoothed(*apart: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Transformer().eval(), torch.randn(4, 7, 16) * torch.logspace(-1, 1, 16)
+    made = copy.deepcopy(mtq.INT8_SMOOTHQUANT_CFG)
+    made["quant_cfg"] += [{"quantizer_name": f"*{name}*", "enable": False} for name in apart]
+    return mtq.quantize(model, made, lambda m: m(x)), x
+
+
+def test_smoothing_goes_into_the_normalization_before(tmp_path) -> None:
+    model, x = smoothed("proj", "fc2")
+    factors = model.fc1.input_quantizer.pre_quant_scale.clone()
+    norm, amax = model.norm2.weight.detach().clone(), model.fc1.input_quantizer.amax.clone()
+    expected = model(x)
+    from_modelopt(model)
+    assert not_converted(model) == {}
+    assert factors.std() > 0
+    assert torch.equal(model.norm2.weight, norm * factors)
+    torch.testing.assert_close(model.fc1.input_quantizer.amax, amax.squeeze(), rtol=2e-7, atol=0)
+    assert (model(x) - expected).abs().max() < 0.01 * expected.abs().max()
+    assert lq.export_onnx(model, x, tmp_path / "m.onnx").max_code_difference <= 1
+
+
+def test_smoothing_that_no_normalization_can_do_is_refused() -> None:
+    model, x = smoothed("proj")
+    expected = model(x)
+    with pytest.raises(ValueError, match="Expected 'fc2' to quantize its input as it is"):
+        from_modelopt(model)
+    assert torch.equal(model(x), expected)
+
+
 def test_refusals() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     with pytest.raises(ValueError, match="quantized by nvidia-modelopt, but it has no"):
