@@ -242,3 +242,68 @@ def test_the_window_keeps_what_it_needs():
 def test_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         lq.DriftMonitor(nn.Linear(2, 2), **arguments)
+
+
+class Answers(lq.engines.Runner):
+    """Gives what it was told to, or raises it."""
+
+    name, size_mb = "shadow", 0.0
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def run(self, *args, **kwargs):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return [self.answer]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(RuntimeError("shadow out of memory"), id="it fails"),
+        pytest.param(torch.zeros(1, 10), id="another shape"),
+    ],
+)
+def test_a_shadow_that_fails_fails_no_request(served, caplog, answer):
+    _, quantized, _, batches = served
+    monitor = lq.DriftMonitor(quantized, shadow=Answers(answer), every=1, samples=8)
+    assert monitor.run(batches[0])[0].shape == (len(batches[0]), 10)
+    assert monitor.report().agreement is None
+    assert "Cannot compare with shadow." in caplog.text
+
+
+def test_outputs_without_classes_are_not_compared(caplog):
+    model = lq.quantize(nn.Sequential(nn.Linear(4, 1)), "tensorrt_int8")
+    lq.calibrate(model, [torch.ones(1, 4)], progress=False)
+    monitor = lq.DriftMonitor(model, shadow=nn.Linear(4, 1), every=1, samples=2)
+    monitor.run(torch.ones(8, 4))
+    assert monitor.report().agreement is None
+    assert "classes" in caplog.text
+
+
+def test_scalar_outputs_are_run(served):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(x).mean()
+
+    model = lq.quantize(Mean(), "tensorrt_int8")
+    lq.calibrate(model, [torch.ones(1, 4)], progress=False)
+    monitor = lq.DriftMonitor(model, every=1, samples=2)
+    assert monitor.run(torch.ones(8, 4))[0].dim() == 0
+    assert monitor.report().clip_rates == {"fc.input_quantizer": 0.0}
+
+
+def test_nan_is_beyond_the_range_in_a_file_and_in_torch(served):
+    _, quantized, paths, batches = served
+    x = torch.full_like(batches[0], torch.nan)
+    rates = []
+    for model in (quantized, paths["tensorrt"]):
+        monitor = lq.DriftMonitor(model, every=1, samples=8, on_drift=lambda drift: None)
+        monitor.run(x)
+        rates.append(next(iter(monitor.report().clip_rates.values())))
+    assert rates == [1.0, 1.0]

@@ -260,3 +260,39 @@ def test_checkpoint_of_a_fit(tmp_path) -> None:
     assert found.kind == "checkpoint"
     assert set(found.facts["layers"]) == {"int8"}
     assert len(found.not_calibrated) == found.facts["quantizers"]
+
+
+def test_parameters_are_what_trains(model, tmp_path) -> None:
+    trained = sum(p.numel() for p in net().parameters())
+    for name, values in ("float", net().state_dict()), ("quantized", model.state_dict()):
+        torch.save(values, tmp_path / f"{name}.pth")
+        assert lq.inspect(tmp_path / f"{name}.pth").facts["parameters"] == trained
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"state_dict": {1: torch.ones(2)}}, id="numbers for names"),
+        pytest.param({"state_dict": {"_lq_recipe": torch.ones(3)}}, id="no recipe"),
+        pytest.param(
+            {"state_dict": {"_lq_recipe": torch.tensor(list(b"[1]"), dtype=torch.uint8)}}, id="list"
+        ),
+    ],
+)
+def test_strange_checkpoints_end_in_a_line(tmp_path, values, capsys) -> None:
+    torch.save(values, tmp_path / "m.ckpt")
+    assert main([str(tmp_path / "m.ckpt")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_counts_that_are_tensors_are_passed_over(model, tmp_path, capsys) -> None:
+    path = tmp_path / "m.ckpt"
+    torch.save({"state_dict": model.state_dict(), "epoch": torch.tensor(3)}, path)
+    assert main([str(path), "--json"]) == 0
+    assert "epoch" not in json.loads(capsys.readouterr().out)
+
+
+def test_an_empty_recipe_file_is_no_recipe(tmp_path) -> None:
+    (tmp_path / "empty.yaml").write_text("\n")
+    with pytest.raises(ValueError, match="it is empty"):
+        lq.inspect(tmp_path / "empty.yaml")

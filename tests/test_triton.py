@@ -240,3 +240,41 @@ def test_refused(tmp_path, arguments, match):
         triton_repository(tmp_path / "m.onnx", tmp_path / "models", **arguments)
     with pytest.raises(FileNotFoundError, match="ONNX file"):
         triton_repository(tmp_path / "m.onnx", tmp_path / "models")
+
+
+def test_axes_that_vary_apart_are_no_batch(tmp_path):
+    path = tmp_path / "boxes.onnx"
+    onnx.save(
+        parser.parse_model("""
+          <ir_version: 8, opset_import: ["" : 18]>
+          net (float[batch, 3] x, float[boxes, 3] b) => (float[batch, 3] y, float[boxes, 3] z)
+          { y = Relu (x) z = Relu (b) }"""),
+        path,
+    )
+    config = parse((triton_repository(path, tmp_path / "models") / "config.pbtxt").read_text())
+    assert config["max_batch_size"] == ["0"]
+    assert config["input"][0]["dims"] == [-1, 3]
+    assert "dynamic_batching" not in config
+
+
+def test_weights_are_no_inputs(tmp_path):
+    weight = numpy_helper.from_array(torch.ones(3, 2).numpy(), "w")
+    values = [
+        helper.make_tensor_value_info("x", 1, ["n", 3]),
+        helper.make_tensor_value_info("w", 1, [3, 2]),
+    ]
+    output = [helper.make_tensor_value_info("y", 1, ["n", 2])]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "net", values, output, [weight])
+    path = tmp_path / "old.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    config = parse((triton_repository(path, tmp_path / "models") / "config.pbtxt").read_text())
+    assert [part["name"] for part in config["input"]] == [['"x"']]
+    assert config["max_batch_size"] == ["64"]
+
+
+@pytest.mark.parametrize("version", [0, 1.5, True])
+def test_versions_are_whole_numbers(tmp_path, version):
+    lq.export_onnx(nn.Linear(4, 2), torch.ones(1, 4), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="Expected `version` to be at least 1"):
+        triton_repository(tmp_path / "m.onnx", tmp_path / "models", version=version)

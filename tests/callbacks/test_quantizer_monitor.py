@@ -350,3 +350,24 @@ def test_no_logger_hooks_nothing(tmp_path):
 def test_bad_interval(arguments, match):
     with pytest.raises(ValueError, match=match):
         QuantizerMonitor(*arguments)
+
+
+@pytest.mark.parametrize("accumulate", [3, 16])
+def test_the_last_step_of_an_epoch_is_measured_too(tmp_path, accumulate):
+    """Eight batches an epoch: the optimizer also steps on what is left over at its end."""
+    logger = TensorBoardLogger(tmp_path)
+    settings = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
+    module = fit(tmp_path, QuantizerMonitor(1), logger=logger, **settings)
+    steps = [e.step for e in events_of(logger).Scalars(f"{INPUT}/scale")]
+    assert steps == [*range(1, module.trainer.global_step + 1)]
+
+
+def test_nothing_stays_hooked_where_a_batch_is_skipped(tmp_path):
+    class Skips(LitSmall):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 4 else None
+
+    logger = TensorBoardLogger(tmp_path)
+    module = fit(tmp_path, QuantizerMonitor(1), Skips(), logger=logger, max_epochs=1)
+    assert events_of(logger).Scalars(f"{INPUT}/scale")
+    assert not any(m._forward_hooks for m in module.modules())
