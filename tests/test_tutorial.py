@@ -52,7 +52,6 @@ def test_it_is_committed_with_its_outputs(committed) -> None:
     assert committed.cells[1].source.startswith('DATA = "digits"')
 
 
-@pytest.mark.slow
 def test_it_runs_and_keeps_what_it_measured(committed, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
