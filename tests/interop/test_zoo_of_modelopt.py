@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from lq.functional import sqnr_db
 from lq.interop import from_modelopt, not_converted
 from lq.models import resnet20, resnet56
 from lq.state import recipe_of
-from lq.surgery import quantizers
+from lq.surgery import quantized_layers, quantizers
 from tests.test_models import cifar10_test_images
 from tests.test_zoo import CASES, EXPLAINED, added, images
 
@@ -31,6 +34,7 @@ FADING = (
     "mobilenet_v2-whole",
     "mobilenet_v3_small",
     "efficientnet_b0",
+    "deeplabv3_mobilenet",
 )
 """Models in which, with random weights, all signals fade to zero, which nvidia-modelopt divides
 by; BatchNorm of the pictures at hand keeps signals up, and whatever differs."""
@@ -61,6 +65,21 @@ def settle(model: nn.Module, x: Tensor) -> None:
     model.eval()
 
 
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record what the layers that nvidia-modelopt quantizes read and return."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen[name] = args[0].clone(), output.clone()
+
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "weight_quantizer")}
+    hooks = [m.register_forward_hook(partial(note, n)) for n, m in layers.items()]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
 def agreement(a: Tensor, b: Tensor) -> float:
     return (a.argmax(1) == b.argmax(1)).float().mean().item()
 
@@ -79,11 +98,16 @@ def test_brought_along_and_exported(name: str, tmp_path: Path) -> None:
     floats = outputs(model, x)
     config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
     mtq.quantize(model, config, lambda m: m(x))
-    theirs = outputs(model, x)
+    with recorded(model) as seen:
+        theirs = outputs(model, x)
 
     from_modelopt(model)
 
     mine = outputs(model, x)
+    # Of the same input each layer makes the same, but for a few ties of rounding.
+    layers = {n: layer for n, layer in quantized_layers(model).items() if n in seen}
+    ratios = [sqnr_db(seen[n][1], outputs(layer, seen[n][0])[0]) for n, layer in layers.items()]
+    assert min(ratios) > 60
     noise = min(sqnr_db(a, b) for a, b in zip(floats, theirs, strict=True))
     closeness = min(sqnr_db(a, b) for a, b in zip(theirs, mine, strict=True))
     report = lq.export_onnx(model, x, tmp_path / "m.onnx")
@@ -97,10 +121,11 @@ def test_brought_along_and_exported(name: str, tmp_path: Path) -> None:
         (agreement(f, t), agreement(f, e)) for f, t, e in zip(floats, theirs, exported, strict=True)
     ]
     print(
-        f"{name}: {closeness:.1f} dB, theirs to float {noise:.1f} dB; top-1 like theirs {agreed}; "
+        f"{name}: layers {min(ratios):.1f} dB, all {closeness:.1f} dB, theirs to float "
+        f"{noise:.1f} dB; top-1 like theirs {agreed}; "
         f"like float (theirs, ours) {to_float}; lint {sorted(found)}; named {not_converted(model)}"
     )
-    assert closeness > noise
+    assert closeness >= noise - 1
     assert min(agreed) > 0.9 or name in FADING
     limit = 0.2 if name in FADING else 1 / 16
     assert all(abs(a - b) <= limit for a, b in to_float)
