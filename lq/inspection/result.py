@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from lq.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,3 @@ def _cell(value: Any) -> str:
         numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
         return f"{value[0]:.3g}..{value[1]:.3g}" if numbers else "x".join(map(str, value))
     return str(value)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return lines of cells as a table: names to the left, and columns of numbers to the right.
-
-    Example:
-        >>> print(aligned([["layer", "size"], ["conv", "12"], ["fc", "3"]]))
-        layer  size
-        conv     12
-        fc        3
-    """
-    padded = [_padded(column, i > 0) for i, column in enumerate(zip(*lines, strict=True))]
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True))
-
-
-def _padded(column: Sequence[str], may_be_numbers: bool) -> list[str]:
-    width = max(len(cell) for cell in column)
-    numbers = may_be_numbers and all(cell[:1].isdigit() or cell[:1] == "-" for cell in column[1:])
-    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in column]
-
-
-def size_of(path: Path) -> str:
-    """Return the size of a file in 10^6 bytes, as text."""
-    return f"{path.stat().st_size / 1e6:.3f} MB"
