@@ -61,3 +61,8 @@ def _cell(value: Any) -> str:
         numbers = len(value) == 2 and all(isinstance(v, float) for v in value)
         return f"{value[0]:.3g}..{value[1]:.3g}" if numbers else "x".join(map(str, value))
     return str(value)
+
+
+def size_of(path: Path) -> str:
+    """Return the size of a file in 10^6 bytes, as text."""
+    return f"{path.stat().st_size / 1e6:.3f} MB"
