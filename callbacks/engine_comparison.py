@@ -54,6 +54,11 @@ class EngineComparison(L.Callback):
         self.rows: dict[str, Evaluation] = {}
         self._float: Outcome | None = None
 
+    @property
+    def state_key(self) -> str:
+        """One for each module that is measured."""
+        return self._generate_state_key(module=self.module)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would fail after the training."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -202,13 +207,15 @@ def _batches(trainer: L.Trainer) -> Any:
         RuntimeError: If there are none.
     """
     data: Any = getattr(trainer, "datamodule", None)
+    loaders: Any
     if data is not None and is_overridden("test_dataloader", data, L.LightningDataModule):
         data.setup("test")
-        return data.test_dataloader()
-    if data is not None:
-        return data.val_dataloader()
-    loaders: Any = trainer.test_dataloaders
-    if trainer.state.fn != "test":
+        loaders = data.test_dataloader()
+    elif data is not None:
+        loaders = data.val_dataloader()
+    elif trainer.state.fn == "test":
+        loaders = trainer.test_dataloaders
+    else:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()  # not yet done without a sanity check
         loaders = trainer.val_dataloaders
     loaders = loaders[0] if isinstance(loaders, (list, tuple)) else loaders

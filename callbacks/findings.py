@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from lq.surgery import quantized_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+log = logging.getLogger(__name__)
 
 
 class Findings:
@@ -43,7 +47,10 @@ class Findings:
 
     def listen(self, target: nn.Module) -> None:
         """Take note of the next call of the target, to count what its layers cost."""
-        if self._costs is None and self._batch is None and self._hook is None:
+        # Where training is distributed, Lightning calls a training step by way of `forward`.
+        redirected = isinstance(target, L.LightningModule) and target.trainer.world_size > 1
+        known = self._costs is not None or self._batch is not None or self._hook is not None
+        if not known and not redirected:
             self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def stop(self) -> None:
@@ -81,7 +88,11 @@ class Findings:
         rows = (f"{name:{width}}  {format}" for name, format in plan.items())
         self._table(trainer, "plan", "\n".join(rows))
         if self._batch is not None:
-            self._costs, self._batch = count_costs(target, self._batch), None
+            batch, self._batch = self._batch, None
+            try:
+                self._costs = count_costs(target, batch)
+            except Exception:  # what is only drawn must not end a training
+                log.exception("No picture of the plan: its costs cannot be counted.")
         costs = self._costs
         if costs is not None:
             self._figure(trainer, "plan", plan, lambda: plot_plan(plan, costs))

@@ -67,6 +67,11 @@ class QuantizerMonitor(L.Callback):
         self._watch = QuantizerWatch()
         self._has_begun = False
 
+    @property
+    def state_key(self) -> str:
+        """One for each module that is watched."""
+        return self._generate_state_key(module=self.module)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the loggers how a module is quantized that is measured as it is."""
         target = target_module(pl_module, self.module)

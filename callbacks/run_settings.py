@@ -50,9 +50,12 @@ def run_settings(
 
 
 def _hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    data: Any = getattr(trainer, "datamodule", None)
-    own = {} if data is None else data.hparams_initial
-    return {**own, **pl_module.hparams_initial}
+    """Return what Lightning gives the loggers: not what was saved with ``logger=False``."""
+    found: dict[str, Any] = {}
+    for part in (getattr(trainer, "datamodule", None), pl_module):
+        if part is not None and part._log_hyperparams:
+            found |= part.hparams_initial
+    return found
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:

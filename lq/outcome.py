@@ -14,6 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lq.paired import Drop, paired_drop
 
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""What one process measures is its own: others may not be measuring."""
 BINS = 15
 """Bins of confidence that the calibration error is a mean over."""
 
@@ -67,13 +69,13 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; ``from_dict`` gives it back."""
-        return {**vars(self), "predicted": self.predicted.tolist(), "target": self.target.tolist()}
+        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
         """Return the outcome that ``to_dict`` wrote, also by way of JSON."""
-        samples = {name: torch.tensor(values[name]) for name in ("predicted", "target")}
-        return cls(**{**values, **samples})
+        names = [n for n in ("predicted", "target", "places") if values.get(n) is not None]
+        return cls(**{**values, **{name: torch.tensor(values[name]) for name in names}})
 
     def _check(self, reference: Outcome) -> None:
         if not torch.equal(self.target, reference.target):
@@ -157,8 +159,8 @@ class OutcomeMeter:
 def _metrics(classes: int) -> tuple[MetricCollection, MulticlassCalibrationError]:
     accuracies = MetricCollection(
         {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro"),
+            "top1": MulticlassAccuracy(classes, average="micro", **_ALONE),
+            "top5": MulticlassAccuracy(classes, min(5, classes), average="micro", **_ALONE),
         }
     )
-    return accuracies, MulticlassCalibrationError(classes, BINS)
+    return accuracies, MulticlassCalibrationError(classes, BINS, **_ALONE)

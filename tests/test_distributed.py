@@ -5,10 +5,18 @@ import json
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
 
 import lq
-from lq.callbacks import QuantizationAwareTraining, SensitivitySweep
+from lq.callbacks import (
+    EngineComparison,
+    QuantizationAwareTraining,
+    QuantizerMonitor,
+    SensitivitySweep,
+)
 from lq.data import DigitsDataModule
+from lq.models import digits_cnn
 from lq.sensitivity import Sensitivity
 from tests.lit import autoencoder, loader, needs_gloo, trainer
 
@@ -73,3 +81,51 @@ def test_two_ranks_share_the_layers_of_a_sweep(tmp_path, method):
     assert keys[0]
     assert keys[1]
     assert not keys[0] & keys[1]
+
+
+class Classifier(L.LightningModule):
+    """Somebody's own, whose training step calls a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = digits_cnn()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@needs_gloo
+def test_two_ranks_are_watched_and_compared(tmp_path):
+    """What only the first rank measures does not wait for the other."""
+    images = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
+    data = DataLoader(TensorDataset(*images), 8)
+    L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        max_epochs=2,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            QuantizationAwareTraining(calibration_batches=1),
+            QuantizerMonitor(every_n_steps=1),
+            EngineComparison(),
+        ],
+    ).fit(Classifier(), data, data)
+    (file,) = tmp_path.rglob("metrics.csv")
+    columns = file.read_text().splitlines()[0]
+    assert "comparison/QAT/drop" in columns
+    assert "quantizer/net.0.input_quantizer/sqnr_db" in columns

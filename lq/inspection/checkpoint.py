@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lq.checkpoint import read_checkpoint
 from lq.formats import layer_format
+from lq.functional import learned_scale
 from lq.inspection.result import Inspection, size_of
 from lq.spec import FLOAT_LAYER, Recipe
 from lq.state import RECIPE, decode_recipe
@@ -153,7 +154,9 @@ class _Reader:
         scale = self.state.get(name + _SCALE)
         if scale is None or not spec.needs_scale:
             return None
-        return scale if bool(scale.isfinite().all()) else "not calibrated"
+        if not bool(scale.isfinite().all()):
+            return "not calibrated"
+        return learned_scale(scale) if spec.learns_range else scale
 
 
 def _row(

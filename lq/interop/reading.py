@@ -66,6 +66,12 @@ class TensorRange:
         """Whether the codes are signed and 0 has the code 0."""
         return not self.format.startswith("uint") and not bool(np.any(self.zero_point))
 
+    def same_as(self, other: TensorRange) -> bool:
+        """Return whether another quantizes in the same way."""
+        mine, theirs = ((r.format, r.axis, r.block, r.stored) for r in (self, other))
+        pairs = (self.scale, other.scale), (self.zero_point, other.zero_point)
+        return mine == theirs and all(np.array_equal(a, b) for a, b in pairs)
+
     def _value(self, code: float) -> np.ndarray:
         value: np.ndarray = (np.float32(code) - self.zero_point.astype(np.float32)) * self.scale
         return value
@@ -177,10 +183,11 @@ class _Ranges:
         quantize = producer(codes, "QuantizeLinear")
         tensor = codes if quantize is None else quantize.inputs[0]
         assert tensor is not None
-        name = str(tensor.name)
-        if name not in self.by_name:
-            kind = None if constant_of is None else "codes" if quantize is None else "floats"
-            self.by_name[name] = _range(dequantize, scale, dtype, kind)
+        kind = None if constant_of is None else "codes" if quantize is None else "floats"
+        found, name = _range(dequantize, scale, dtype, kind), str(tensor.name)
+        if not self.by_name.get(name, found).same_as(found):  # as one more layer reads it
+            name = f"{name}/{(quantize or dequantize).name}"
+        self.by_name.setdefault(name, found)
         return name
 
 

@@ -371,3 +371,28 @@ def test_nothing_stays_hooked_where_a_batch_is_skipped(tmp_path):
     module = fit(tmp_path, QuantizerMonitor(1), Skips(), logger=logger, max_epochs=1)
     assert events_of(logger).Scalars(f"{INPUT}/scale")
     assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_what_was_kept_from_the_logger_stays_so(tmp_path):
+    class Secretive(LitSmall):
+        def __init__(self, secret="top-secret"):
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, QuantizerMonitor(4), Secretive(), logger=logger)
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("events.out.*"))
+    assert b"quantization/" in written
+    assert b"top-secret" not in written
+
+
+def test_two_watch_two_parts(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    callbacks = [
+        QuantizationAwareTraining(calibration_batches=2),
+        QuantizerMonitor(4, module="encoder"),
+        QuantizerMonitor(4, module="decoder"),
+    ]
+    trainer(tmp_path, callbacks, logger=logger).fit(autoencoder(), loader())
+    tags = events_of(logger).Tags()["scalars"]
+    assert {"quantizer/0.input_quantizer/scale", "quantizer/2.input_quantizer/scale"} <= {*tags}

@@ -303,3 +303,24 @@ def test_no_file(tmp_path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(ValueError, match="to be an ONNX model"):
         read_onnx(tmp_path / "bad.onnx")
+
+
+def test_layers_that_quantize_one_tensor_in_two_ways(tmp_path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.b(x)
+
+    recipe = {"rules": [{"name": "b", "format": "fp8_e4m3"}]}
+    model = lq.quantize(Two(), recipe)
+    x = torch.linspace(-2, 3, 64).view(4, 16)
+    lq.calibrate(model, [x], progress=False)
+    lq.export_onnx(model, x, tmp_path / "m.onnx")
+    graph = lq.interop.read_onnx(tmp_path / "m.onnx")
+    for name, format in ("a", "int8"), ("b", "fp8_e4m3"):
+        found = graph.ranges[graph.layers[name].input]
+        assert (graph.plan[name], found.format) == (format, format)
+        assert float(found.amax) == pytest.approx(3.0)
