@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lq.callbacks.export import Export
+from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.target import target_module
 from lq.engines import open_engine
 from lq.evaluation import Evaluation, comparison_table, evaluate, outcome_of
@@ -67,6 +68,12 @@ class EngineComparison(L.Callback):
             raise RuntimeError(
                 "Expected Export before EngineComparison, which measures the exported file, but "
                 "got it after; list it first."
+            )
+        training = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), self)
+        if callbacks.index(training) > callbacks.index(self):
+            raise RuntimeError(
+                "Expected QuantizationAwareTraining before EngineComparison, which measures when "
+                "the quantizers begin to quantize, but got it after; list it first."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

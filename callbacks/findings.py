@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -16,6 +16,7 @@ from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.sensitivity_sweep import SensitivitySweep
 from lq.costs import Costs, count_costs
 from lq.plan import PrecisionPlan
+from lq.samples import first_samples
 from lq.sensitivity import Sensitivity
 from lq.surgery import quantized_layers
 
@@ -40,21 +41,30 @@ class Findings:
         self._batch: Any = None
         self._hook: Any = None
         self._has_plan = False
+        self._loggers: list[int] = []
 
-    def begin(self) -> None:
-        """Look for the plan again: in another run it may be another."""
+    def begin(self, loggers: Sequence[Any]) -> None:
+        """Look for the plan again: in another run it may be another, and so may the loggers."""
         self._has_plan, self._costs, self._batch = False, None, None
+        if [*map(id, loggers)] != self._loggers:
+            self._shown, self._loggers = [], [*map(id, loggers)]
 
-    def listen(self, target: nn.Module) -> None:
+    def listen(self, trainer: L.Trainer, target: nn.Module) -> None:
         """Take note of the next call of the target, to count what its layers cost."""
+        if not trainer.loggers or not trainer.is_global_zero:
+            return
         # Where training is distributed, Lightning calls a training step by way of `forward`.
-        redirected = isinstance(target, L.LightningModule) and target.trainer.world_size > 1
+        redirected = isinstance(target, L.LightningModule) and trainer.world_size > 1
         known = self._costs is not None or self._batch is not None or self._hook is not None
         if not known and not redirected:
             self._hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Listen no longer, and keep no batch."""
+        self._unhook()
+        self._batch = None
+
+    def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -108,5 +118,5 @@ class Findings:
             self.charts.figure(trainer, f"{tag}/figure", draw)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._batch = detached(as_batch(module, args, kwargs))
-        self.stop()
+        self._batch = first_samples(detached(as_batch(module, args, kwargs)), 1)
+        self._unhook()

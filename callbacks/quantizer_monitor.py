@@ -75,7 +75,7 @@ class QuantizerMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the loggers how a module is quantized that is measured as it is."""
         target = target_module(pl_module, self.module)
-        self._findings.begin()
+        self._findings.begin(trainer.loggers)
         self._watch = QuantizerWatch()
         if stage != "fit":
             log_settings(trainer, pl_module, target)
@@ -103,7 +103,7 @@ class QuantizerMonitor(L.Callback):
         if not (measures and steps and trainer.loggers and trainer.is_global_zero):
             return
         target = target_module(pl_module, self.module)
-        self._findings.listen(target)
+        self._findings.listen(trainer, target)
         show = partial(self._show, trainer) if draws else None
         self._has_begun |= self._watch.start(target, show)
 
@@ -111,7 +111,7 @@ class QuantizerMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the gradients of learned ranges."""
-        self._watch.note_gradients()
+        self._watch.note_gradients(_loss_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -137,19 +137,19 @@ class QuantizerMonitor(L.Callback):
     ) -> None:
         """See what a batch is, in a validation on its own."""
         if trainer.state.fn == "validate":
-            self._findings.listen(target_module(pl_module, self.module))
+            self._findings.listen(trainer, target_module(pl_module, self.module))
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
         """See what a batch is."""
-        self._findings.listen(target_module(pl_module, self.module))
+        self._findings.listen(trainer, target_module(pl_module, self.module))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Show what other callbacks found at the end."""
         self._watch.abort()
-        self._findings.stop()
         self._findings.show(trainer, target_module(pl_module, self.module))
+        self._findings.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Stop watching."""
@@ -167,6 +167,13 @@ class QuantizerMonitor(L.Callback):
     def _show(self, trainer: L.Trainer, name: str, values: Tensor) -> None:
         if self.input_histograms or name.endswith("weight_quantizer"):
             self._charts.histogram(trainer, f"quantizer/{name}", values)
+
+
+def _loss_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
+    """Return what gradients are still multiplied by: a fused optimizer divides them itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    divides = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler.get_scale() if scaler is not None and divides else 1.0
 
 
 def _is_due(trainer: L.Trainer, every: int) -> bool:

@@ -66,12 +66,12 @@ class QuantizerWatch:
                 self._hooks.append(quantizer.register_forward_hook(self._look(name, owner, show)))
         return self.is_on
 
-    def note_gradients(self) -> None:
-        """Measure the gradients of learned ranges."""
+    def note_gradients(self, loss_scale: float = 1.0) -> None:
+        """Measure the gradients of learned ranges, which the loss was scaled by a factor for."""
         for name, quantizer in self._working.items():
             norm = gradient_norm(quantizer)
             if norm is not None:
-                self._found[f"{name}/scale_gradient"] = norm
+                self._found[f"{name}/scale_gradient"] = norm / loss_scale
 
     def finish(self) -> dict[str, float]:
         """Return what was measured: ``<quantizer>/<figure>`` -> value."""

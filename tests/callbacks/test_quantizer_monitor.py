@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -396,3 +397,43 @@ def test_two_watch_two_parts(tmp_path):
     trainer(tmp_path, callbacks, logger=logger).fit(autoencoder(), loader())
     tags = events_of(logger).Tags()["scalars"]
     assert {"quantizer/0.input_quantizer/scale", "quantizer/2.input_quantizer/scale"} <= {*tags}
+
+
+def test_no_batch_is_kept_without_a_logger(tmp_path):
+    module, monitor = autoencoder(), QuantizerMonitor(1)
+    fit(tmp_path, monitor, module, logger=False)
+    assert monitor._findings._batch is None
+
+
+def test_a_second_run_is_shown_what_the_first_was(tmp_path):
+    monitor, seen = QuantizerMonitor(4), []
+    for name in ("a", "b"):
+        logger = TensorBoardLogger(tmp_path / name)
+        fit(tmp_path, monitor, logger=logger)
+        seen.append({t for t in events_of(logger).Tags()["tensors"] if "text" in t})
+    assert seen[0] == seen[1]
+    assert any("plan" in tag for tag in seen[1])
+
+
+def test_gradients_are_those_before_the_loss_was_scaled(tmp_path):
+    """A fused optimizer divides by the scale of the loss itself, after the hook."""
+
+    class Scaled(MixedPrecision):
+        def __init__(self):
+            super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    class Trains(LitSmall):
+        fused = False
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0, fused=self.fused)
+
+    found = []
+    for fused in (False, True):
+        logger = TensorBoardLogger(tmp_path / str(fused))
+        Trains.fused = fused
+        settings = {"logger": logger, "plugins": [Scaled()], "max_epochs": 1}
+        fit(tmp_path, QuantizerMonitor(1), Trains(), recipe=with_ranges("lsq"), **settings)
+        found.append(events_of(logger).Scalars(f"{INPUT}/scale_gradient")[-1].value)
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
