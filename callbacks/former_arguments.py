@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_deprecation
@@ -19,6 +19,7 @@ _RECIPES: dict[str, str | dict[str, Any]] = {
     "qnnpack": {"weights": _PER_TENSOR, "residual": "both", "unsigned": True, "pooling": True},
 }
 """Kernels of torch -> the recipe for engines that compute so."""
+_DEFAULTS = {"calibrator": "max", "calibration_batches": 16}
 _OBSERVERS = ("average", "histogram")
 _STAGES = ("train", "validate", "test", "predict")
 
@@ -52,12 +53,14 @@ def translate(former: Mapping[str, Any], settings: Settings) -> Settings:
         TypeError: For an argument that there never was.
         ValueError: For a value that there never was, or that means what is not done any more.
     """
-    for name, value in former.items():
+    for name in former:
         if name not in _TRANSLATIONS:
             raise TypeError(
                 f"QuantizationAwareTraining has no argument {name!r}; "
                 f"{suggest(name, (*_TRANSLATIONS, 'recipe', 'module', 'calibrator'))}"
             )
+    # In an order of its own, whatever that of a config: one builds on what another says.
+    for name, value in ((n, former[n]) for n in _TRANSLATIONS if n in former):
         now = _TRANSLATIONS[name](value, settings)
         rank_zero_deprecation(
             f"`{name}={value!r}` of Lightning 1.9's QuantizationAwareTraining is now {now}."
@@ -88,10 +91,21 @@ def _qconfig(value: Any, settings: Settings) -> str:
     return f"`recipe={settings.recipe!r}`"
 
 
+def _check_alone(former: str, value: Any, now: str, settings: Settings) -> None:
+    """Raise a ``ValueError`` where the same is said in today's words too."""
+    given = getattr(settings, now)
+    if given != _DEFAULTS[now]:
+        raise ValueError(
+            f"Expected `{now}` or `{former}`, but got both, {given!r} and {value!r}; leave out "
+            f"`{former}`."
+        )
+
+
 def _observer_type(value: Any, settings: Settings) -> str:
     if value not in _OBSERVERS:
         raise ValueError(f"Expected `observer_type` to be average or histogram, but got {value!r}.")
     if value == "histogram":
+        _check_alone("observer_type", value, "calibrator", settings)
         settings.calibrator = "mse"
         return "`calibrator='mse'`"
     recipe = Recipe.parse(settings.recipe)
@@ -116,11 +130,16 @@ def _collect_quantization(value: Any, settings: Settings) -> str:
         )
     if value is None:
         return "`calibration_batches`, and nothing where all is as it comes"
+    if value < 1:
+        raise ValueError(f"Expected `collect_quantization` to be at least 1, but got {value}.")
+    _check_alone("collect_quantization", value, "calibration_batches", settings)
     settings.calibration_batches = value
     return f"`calibration_batches={value}`"
 
 
 def _modules_to_fuse(value: Any, settings: Settings) -> str:
+    if value is not None and not isinstance(value, Iterable):
+        raise ValueError(f"Expected `modules_to_fuse` to be lists of names, but got {value!r}.")
     groups = [[group] if isinstance(group, str) else list(group) for group in value or ()]
     settings.fused = [name for group in groups for name in group]
     return "nothing: layer, BatchNorm and activation are fused when exporting, without being named"
@@ -146,6 +165,10 @@ def _quantize_on_fit_end(value: Any, settings: Settings) -> str:
 
 
 def _observer_enabled_stages(value: Any, settings: Settings) -> str:
+    if not isinstance(value, Iterable):
+        raise ValueError(
+            f"Expected `observer_enabled_stages` to be names of stages, but got {value!r}."
+        )
     stages = [value] if isinstance(value, str) else list(value)
     for stage in stages:
         if stage not in _STAGES:

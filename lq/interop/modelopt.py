@@ -16,7 +16,7 @@ from lq.interop.converting import Found, convert
 from lq.interop.factors import multiply, norms_before
 from lq.interop.foreign import foreign
 from lq.layers import QuantLayer
-from lq.quantizer import Quantizer
+from lq.quantizer import Mode, Quantizer
 from lq.sites import QuantSites
 from lq.surgery import dequantize, quantized_layers
 
@@ -89,7 +89,7 @@ def _read(model: nn.Module) -> Found:
             continue
         any_there = True
         owner, _, slot = name.rpartition(".")
-        if not module.is_enabled or owner in found.lost:
+        if not module.is_enabled or not module._if_quant or owner in found.lost:
             continue
         _add(found, name, owner, slot, module)
     if not any_there:
@@ -111,7 +111,7 @@ def _add(found: Found, name: str, owner: str, slot: str, quantizer: Any) -> None
         amax,
         bool(quantizer.unsigned),
         bool(quantizer.narrow_range),
-        per_channel=quantizer.axis is not None,
+        per_channel=slot == "weight_quantizer" and quantizer.axis is not None,
     )
     if isinstance(made, str):
         found.lost[name] = f"{made}; left float"
@@ -128,6 +128,12 @@ def _unlike(quantizer: Any) -> str | None:
         return "its range is computed anew for every batch"
     if not quantizer.fake_quant:
         return "its weight is compressed already"
+    if quantizer.bias is not None:
+        return "a bias is taken from what it quantizes"
+    if quantizer.rotate_is_enabled:
+        return "what it quantizes is rotated first"
+    if getattr(quantizer, "backend", None) is not None:
+        return f"it computes by a backend of its own, {quantizer.backend!r}"
     return None
 
 
@@ -173,6 +179,8 @@ def _tidy(module: nn.Module) -> None:
 def to_modelopt(model: ModuleT) -> ModuleT:
     """Give a model that lq quantized to nvidia-modelopt: its modules, formats and ranges.
 
+    Ranges that train or follow the data here stay as they are there.
+
     Args:
         model: A model that ``lq.quantize`` quantized, in place.
 
@@ -194,7 +202,10 @@ def to_modelopt(model: ModuleT) -> ModuleT:
         )
     placed = _placed(model, layers)
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    entries += [{"quantizer_name": name, "cfg": _config(q)} for name, q in placed.items()]
+    entries += [
+        {"quantizer_name": name, "cfg": _config(q), "enable": q.mode is not Mode.BYPASS}
+        for name, q in placed.items()
+    ]
     ranges = {name: _amax(q) for name, q in placed.items() if q.is_calibrated}
     dequantize(model)
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lq.checkpoint import read_weights
+from lq.checkpoint import read_weights, weights_below
 from lq.interop.converting import Found, convert
 from lq.interop.foreign import foreign
 from lq.messages import check_keys
@@ -19,8 +19,6 @@ from lq.surgery import quantizable_layers
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _STATE = re.compile(r"^(?P<name>.*?)\.?(?P<part>_amax|clip\.clip_value_(?:min|max))$")
-_PREFIXES = ("", "module.", "model.")
-"""What wrappers put before the names of weights."""
 _DESCRIPTOR = ("num_bits", "unsigned", "narrow_range", "disabled")
 _INPUT, _WEIGHT = "_input_quantizer", "_weight_quantizer"
 _LAYERS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
@@ -98,27 +96,32 @@ def _load(
             "Expected the state_dict of a model of pytorch-quantization, but it has no key that "
             "ends in '_amax'."
         )
-    prefix = _load_weights(model, weights)
+    prefix = _prefix(model, weights)
     named = {name.removeprefix(prefix): parts for name, parts in ranges.items()}
-    return _described(model, named, descriptors)
+    found = _described(model, named, descriptors)
+    others = [key for key in weights if not key.startswith(prefix)]
+    found.lost |= dict.fromkeys(others, f"it is no weight of {type(model).__name__}")
+    _load_weights(model, weights_below(weights, prefix[:-1]) if prefix else weights)
+    return found
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def _prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Return what wrappers put before the names of a model's weights."""
     own = model.state_dict().keys()
-    for prefix in _PREFIXES:
-        inner = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        if own <= inner.keys():
-            break
-    else:
-        prefix, inner = "", dict(weights)
+    first = next(iter(own), "")
+    prefixes = [k.removesuffix(first) for k in weights if k == first or k.endswith(f".{first}")]
+    found = (p for p in sorted(prefixes, key=len) if own <= {k.removeprefix(p) for k in weights})
+    return next(found, "")
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     try:
-        model.load_state_dict(inner)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         misfit = (str(error).strip().splitlines()[1:] or [str(error)])[0]
         raise ValueError(
             f"Expected the weights to fit {type(model).__name__}, but: {misfit.strip()[:300]}"
         ) from None
-    return prefix
 
 
 def _described(
@@ -139,7 +142,7 @@ def _described(
         learns = "clip.clip_value_max" in parts
         amax = parts.get("_amax")
         if learns:
-            ends = parts["clip.clip_value_min"], parts["clip.clip_value_max"]
+            ends = parts.get("clip.clip_value_min"), parts["clip.clip_value_max"]
             amax = _learned(found, name, *ends)
         _add(found, name, amax, settings, learns)
     unused = sorted(descriptors.keys() - used)
@@ -156,11 +159,15 @@ def _described(
     return found
 
 
-def _learned(found: Found, name: str, low: Tensor, high: Tensor) -> Tensor:
+def _learned(found: Found, name: str, low: Tensor | None, high: Tensor) -> Tensor:
     """Return the range between ends that were learned each by itself."""
-    low, high = low.detach(), high.detach()
+    high = high.detach()
+    if low is None:
+        found.lost[name] = "its lower end is not in the checkpoint; the range has the upper one"
+        return high
+    low = low.detach()
     if bool((-low != high).any()):
-        ends = f"{float(low):.4g} and {float(high):.4g}"
+        ends = f"{float(low.min()):.4g} and {float(high.max()):.4g}"
         found.lost[name] = f"its ends {ends} were learned apart; the range has the larger for both"
     return torch.maximum(-low, high)
 

@@ -78,8 +78,9 @@ def error(model: nn.Module) -> float:
 
 
 def old(**former) -> QuantizationAwareTraining:
+    batches = {} if former.get("collect_quantization") else {"calibration_batches": 2}
     with pytest.warns(DEPRECATED, match="of Lightning 1.9's QuantizationAwareTraining is now") as w:
-        callback = QuantizationAwareTraining(calibration_batches=2, **former)
+        callback = QuantizationAwareTraining(**batches, **former)
     assert len([x for x in w if "Lightning 1.9" in str(x.message)]) == len(former)
     return callback
 
@@ -120,7 +121,7 @@ def test_parity_with_float_training_and_through_checkpoints(tmp_path, observe, f
         ({"collect_quantization": "abc"}, "`collect_quantization` to be a number"),
         ({"collect_quantization": 1.2}, "`collect_quantization` to be a number"),
         ({"collect_quantization": lambda trainer: True}, "got a function"),
-        ({"collect_quantization": 0}, "`calibration_batches` to be at least 1"),
+        ({"collect_quantization": 0}, "`collect_quantization` to be at least 1, but got 0"),
         ({"observer_enabled_stages": ("abc",)}, "to be among train, validate"),
         ({"observer_enabled_stages": ("train", "validate")}, "from training data alone"),
         ({"observer_enabled_stages": ()}, "from training data alone"),
@@ -225,3 +226,26 @@ def test_from_a_config(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lq", "fit", "--config", "old.yaml"])
     with pytest.warns(DEPRECATED, match="is now `calibrator='mse'`"):
         cli.main()
+
+
+def test_the_order_of_arguments_does_not_matter() -> None:
+    former = {"observer_type": "average", "qconfig": "qnnpack"}
+    with pytest.warns(DEPRECATED):
+        one = QuantizationAwareTraining(**former)
+    with pytest.warns(DEPRECATED):
+        other = QuantizationAwareTraining(**dict(reversed(former.items())))
+    assert one.recipe == other.recipe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibrator": "entropy", "observer_type": "histogram"}, "leave out `observer_type`"),
+        ({"calibration_batches": 7, "collect_quantization": 3}, "leave out `collect_quantization`"),
+        ({"observer_enabled_stages": None}, "`observer_enabled_stages` to be names"),
+        ({"modules_to_fuse": 5}, "`modules_to_fuse` to be lists of names, but got 5"),
+    ],
+)
+def test_what_is_said_twice_or_wrongly_is_refused(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantizationAwareTraining(**arguments)

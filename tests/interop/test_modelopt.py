@@ -320,3 +320,53 @@ def test_refusals() -> None:
         to_modelopt(lq.quantize(net(), "tensorrt_int8"))
     with pytest.raises(ValueError, match="it is fp16"):
         to_modelopt(lq.quantize(nn.Linear(4, 4), {"weights": "fp16", "inputs": "fp16"}))
+
+
+def linears(inputs: dict[str, Any]) -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    weights = {"num_bits": 8, "axis": 0}
+    return mtq.quantize(model, config(weights, inputs), lambda net: net(x))
+
+
+def test_a_bias_of_a_quantizer_is_named() -> None:
+    bias = {-1: None, "type": "static", "method": "mean"}
+    model = from_modelopt(linears({"num_bits": 8, "bias": bias}))
+    assert "a bias is taken" in not_converted(model)["0.input_quantizer"]
+
+
+def test_a_backend_of_a_quantizer_is_named() -> None:
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+    tensor_quantizer.register_quant_backend("mine", lambda x, quantizer: x.round())
+    try:
+        model = from_modelopt(linears({"num_bits": 8, "backend": "mine"}))
+    finally:
+        tensor_quantizer.unregister_quant_backend("mine")
+    assert "a backend of its own, 'mine'" in not_converted(model)["0.input_quantizer"]
+
+
+def test_ranges_of_inputs_by_channel_become_the_largest_and_are_named() -> None:
+    live = linears({"num_bits": 8, "axis": -1})
+    amax = live[0].input_quantizer.amax.max().clone()
+    model = from_modelopt(live)
+    assert torch.equal(model[0].input_quantizer.amax, amax)
+    assert "its range was per channel" in not_converted(model)["0.input_quantizer"]
+
+
+def test_what_was_switched_off_stays_off() -> None:
+    live, x = linears({"num_bits": 8}), torch.randn(4, 16)
+    live[2].input_quantizer.disable_quant()
+    expected = live(x)
+    model = from_modelopt(live)
+    torch.testing.assert_close(model(x), expected)
+    assert not hasattr(model[2], "input_quantizer") or model[2].input_quantizer.scale is None
+
+
+def test_a_quantizer_that_is_bypassed_is_not_enabled_there() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(32, 16)
+    lq.calibrate(lq.quantize(model, {"residual": None}), [x], progress=False)
+    model[0].input_quantizer.mode = lq.Mode.BYPASS
+    expected = model(x)
+    torch.testing.assert_close(to_modelopt(model)(x), expected)

@@ -300,3 +300,49 @@ def test_refusals(tmp_path) -> None:
     with pytest.raises(ValueError, match="to have quantizers of pytorch-quantization"):
         from_pytorch_quantization(floats())
     assert quantizers(model) == {}
+
+
+def small(**more: Tensor) -> dict[str, Tensor]:
+    return {
+        "weight": torch.eye(2),
+        "bias": torch.zeros(2),
+        "_input_quantizer._amax": torch.tensor(1.27),
+        "_weight_quantizer._amax": torch.ones(2, 1),
+        **more,
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "_orig_mod."])
+def test_what_wrappers_put_before_names(prefix: str) -> None:
+    state = {f"{prefix}{name}": value for name, value in small().items()}
+    model = from_pytorch_quantization(nn.Linear(2, 2), state)
+    assert torch.equal(model.weight, torch.eye(2))
+    assert not_converted(model) == {}
+
+
+def test_weights_that_are_not_the_models_are_named() -> None:
+    state = {f"model.{name}": value for name, value in small().items()}
+    model = from_pytorch_quantization(nn.Linear(2, 2), {**state, "head.weight": torch.ones(3)})
+    assert not_converted(model) == {"head.weight": "it is no weight of Linear"}
+
+
+def test_a_refusal_leaves_the_weights_as_they_were() -> None:
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    with pytest.raises(ValueError, match="'nope' matches none"):
+        from_pytorch_quantization(model, small(), {"nope": {"disabled": True}})
+    assert torch.equal(model.weight, before)
+
+
+def test_ends_that_were_learned_by_channel_or_alone() -> None:
+    ends = {
+        "_weight_quantizer.clip.clip_value_min": torch.tensor([[-0.5], [-2.0]]),
+        "_weight_quantizer.clip.clip_value_max": torch.ones(2, 1),
+    }
+    state = {k: v for k, v in small(**ends).items() if k != "_weight_quantizer._amax"}
+    model = from_pytorch_quantization(nn.Linear(2, 2), state)
+    assert model.weight_quantizer.amax.tolist() == [1.0, 2.0]
+    assert "learned apart" in not_converted(model)["_weight_quantizer"]
+    del state["_weight_quantizer.clip.clip_value_min"]
+    model = from_pytorch_quantization(nn.Linear(2, 2), state)
+    assert "its lower end is not in the checkpoint" in not_converted(model)["_weight_quantizer"]
