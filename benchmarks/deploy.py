@@ -3,7 +3,7 @@
 Ours in ONNX Runtime beside onnxruntime.quantization's fastest scheme, ours in OpenVINO beside
 NNCF's, each with its engine's own float; FP16 beside INT8 in TensorRT where there is a GPU. What
 runs in one engine is timed in turn, and ratios are of medians; beside ours to the peer's stand the
-quartiles of the ratios in each round. Needs the extra: pip install 'lq[benchmark]'.
+quartiles of the ratios in each round. Needs the extra: pip install -e '.[benchmark]'.
 
 python benchmarks/deploy.py [--models resnet18 mobilenet_v2] [--batches 1 16] [--rounds 15]
                             [--threads 0]

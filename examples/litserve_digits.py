@@ -1,10 +1,11 @@
 """Serve an exported ONNX file with LitServe, and hear when the data it is sent drift.
 
-pip install 'lq[serve]'
+pip install litserve
 lq fit --config configs/quickstart.yaml
 python examples/litserve_digits.py runs/quickstart/digits.onnx \
     --shadow runs/quickstart/digits_float.onnx
-curl localhost:8000/predict -H 'Content-Type: application/json' -d '{"image": [[[0.1, ...]]]}'
+python -c 'import json; print(json.dumps({"image": [[[0.1] * 8] * 8]}))' |
+    curl localhost:8000/predict -H 'Content-Type: application/json' -d @-
 
 An image is as the model was trained with: one channel of 8 by 8 values, normalized. Requests that
 come at about the same time are run as one batch.

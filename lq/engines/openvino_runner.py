@@ -15,7 +15,7 @@ from lq.engines.cast_through import has_16_bit
 from lq.export.graph import load_graph, weights_mb
 from lq.messages import suggest
 
-INSTALL = "openvino is not installed; install it: pip install 'lq[openvino]'."
+INSTALL = "openvino is not installed; install it: pip install openvino (the extra openvino)."
 HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 

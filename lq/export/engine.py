@@ -29,8 +29,8 @@ from lq.files import sha256, written_whole
 log = logging.getLogger(__name__)
 BUILDERS = ("tensorrt", "tensorrt_rtx")
 INSTALL = (
-    "neither tensorrt nor tensorrt-rtx is installed; install one: pip install 'lq[tensorrt]' "
-    "(data center and Jetson GPUs) or pip install 'lq[rtx]' (RTX GPUs)."
+    "neither tensorrt nor tensorrt-rtx is installed; install one: pip install tensorrt (the extra "
+    "tensorrt; data center and Jetson GPUs) or pip install tensorrt-rtx (the extra rtx; RTX GPUs)."
 )
 
 

@@ -72,7 +72,8 @@ def _import() -> Any:
         import modelopt.torch.quantization  # noqa: F401 - registers what restoring needs
     except ImportError:
         raise ImportError(
-            "nvidia-modelopt is not installed; install it: pip install 'lq[modelopt]'."
+            "nvidia-modelopt is not installed; install it: pip install nvidia-modelopt requests "
+            "(the extra modelopt)."
         ) from None
     return mto
 

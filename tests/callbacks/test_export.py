@@ -54,7 +54,7 @@ def test_without_a_builder_the_onnx_is_kept(tmp_path, monkeypatch, caplog):
     export = Export(tmp_path / "m.onnx", module="encoder")
     trainer(tmp_path, [export]).fit(autoencoder(), loader())
     assert (tmp_path / "m.onnx").is_file()
-    assert "lq[rtx]" in caplog.text
+    assert "pip install tensorrt-rtx" in caplog.text
     assert export.engine_path is None
 
 
