@@ -203,3 +203,42 @@ def test_bias_correction_on_real_weights(shared_data: Path, monkeypatch) -> None
     (step,) = report.steps
     assert step.after.sqnr_db > step.before.sqnr_db + 4
     assert next(iter(report.layers)) == "features.1.conv.0.0"
+
+
+class InMapping(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.net(image)}
+
+
+def test_models_that_return_mappings_are_repaired_alike() -> None:
+    repaired, steps = [], []
+    for wrap in (False, True):
+        model, data = calibrated(FEW_BITS)
+        lq.dequantize(model)
+        model = InMapping(model).eval() if wrap else model
+        lq.calibrate(lq.quantize(model, FEW_BITS), data[:2], progress=False)
+        report = lq.repair(model, data[:2], data[2:], progress=False)
+        repaired.append((model.net if wrap else model).state_dict())
+        steps.append([(step.method, step.kept, step.after) for step in report.steps])
+    assert steps[0] == steps[1]
+    assert all(torch.equal(repaired[0][k], v) for k, v in repaired[1].items() if "recipe" not in k)
+
+
+def test_what_returns_no_tensor_is_refused() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> str:
+            self.fc(x)
+            return "done"
+
+    x = [torch.ones(2, 4)]
+    model = lq.calibrate(lq.quantize(Told(), "tensorrt_int8"), x, progress=False)
+    with pytest.raises(ValueError, match="to return a tensor, but got str"):
+        lq.repair(model, x, x, progress=False)

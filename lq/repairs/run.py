@@ -40,7 +40,7 @@ def repair(
     place, so ``dequantize`` afterwards gives the repaired float model, not the one before.
 
     Args:
-        model: A calibrated model that returns a tensor, classes along axis 1.
+        model: A calibrated model that returns a tensor, classes along axis 1, or that first.
         batches: Calibration batches as ``calibrate`` takes them, gone through several times.
         held_out: Other batches, to judge by.
         methods: Which of ``"equalize"``, ``"batchnorm"``, ``"bias"`` to try.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lq.batches import model_inputs
+from lq.batches import model_inputs, tensors
 from lq.modes import eval_mode, set_mode
 from lq.quantizer import Mode
 from lq.surgery import is_calibrated, quantized_layers
@@ -38,20 +38,21 @@ def bypassed_copy(model: ModuleT) -> ModuleT:
 
 
 def outputs(model: nn.Module, batch: Any) -> Tensor:
-    """Return what a model makes of a batch, in eval mode and without gradients.
+    """Return what a model makes of a batch, the first tensor of it, in eval mode without gradients.
 
     Raises:
-        ValueError: If that is no tensor.
+        ValueError: If there is no tensor in it.
     """
     args, kwargs = model_inputs(model, batch)
     with eval_mode(model):
         output = model(*args, **kwargs)
-    if not isinstance(output, Tensor):
+    found = tensors(output)
+    if not found:
         raise ValueError(
             f"Expected the model to return a tensor, but got {type(output).__name__}; "
             "wrap it in a module that returns its logits."
         )
-    return output
+    return found[0]
 
 
 @contextmanager
