@@ -499,3 +499,11 @@ def test_what_an_engine_does_not_run_is_left_out(compared, caplog) -> None:
     )
     assert [len(speeds[name][0]) for name in ("float", "max", "fixed")] == [2, 2, 1]
     assert "for 1 samples" in caplog.text
+
+
+def test_a_comparison_is_inspected(compared) -> None:
+    found, folder = compared
+    told = lq.inspect(folder / "comparison.json")
+    assert told.kind == "comparison"
+    assert told.facts["samples"] == found.n
+    assert [row["method"] for row in told.rows] == [row.name for row in found.measured]

@@ -209,7 +209,7 @@ def test_sweep_and_ranges(tmp_path) -> None:
         pytest.param("m.yaml", b"inputs: int9", "known number format", id="recipe"),
         pytest.param("m.yaml", b"a: [", "to be YAML", id="yaml"),
         pytest.param("m.json", b"[1", "to be a JSON file of lq", id="json"),
-        pytest.param("m.json", b'{"a": 1}', "a sweep or ranges", id="other"),
+        pytest.param("m.json", b'{"a": 1}', "a sweep, ranges or a comparison", id="other"),
         pytest.param("m.json", b'{"ranges": 1}', "cannot be read", id="ranges"),
         pytest.param("m.engine", b"x", "Expected the sidecar", id="engine"),
     ],

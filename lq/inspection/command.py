@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         type=Path,
         help="a checkpoint, weights, an ONNX file whoever wrote it, an engine with its sidecar, a "
-        "recipe or plan, a sweep, or ranges",
+        "recipe or plan, a sweep, ranges, or a comparison",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for machines")
     return parser

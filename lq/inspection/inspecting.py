@@ -23,9 +23,9 @@ def inspect(path: str | Path) -> Inspection:
     """Say which formats, ranges and sizes a file holds, and what in it is not calibrated.
 
     Checkpoints and weights (``.ckpt``, ``.pth``, ``.pt``, ``.safetensors``), ONNX files of any
-    tool, engines by the sidecar beside them, recipes and plans (``.yaml``), sweeps and ranges
-    (``.json``). Nothing in the file is executed, and no model is built: of a checkpoint, the kinds
-    of layers are told from the shapes of their weights.
+    tool, engines by the sidecar beside them, recipes and plans (``.yaml``), sweeps, ranges and
+    comparisons (``.json``). Nothing in the file is executed, and no model is built: of a
+    checkpoint, the kinds of layers are told from the shapes of their weights.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -17,7 +17,7 @@ class Inspection:
     Attributes:
         path: The file.
         kind: What it is: ``checkpoint``, ``weights``, ``ONNX graph``, ``engine``, ``recipe``,
-            ``plan``, ``sensitivity`` or ``ranges``.
+            ``plan``, ``sensitivity``, ``ranges`` or ``comparison``.
         facts: What is said of the whole.
         rows: What is said of each part, column by name. Two numbers are the ends of a range.
         not_calibrated: Names of quantizers without a range.

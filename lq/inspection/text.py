@@ -1,4 +1,4 @@
-"""What recipes, plans, sweeps and ranges say."""
+"""What recipes, plans, sweeps, ranges and comparisons say."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 
 def inspect_json(path: Path) -> Inspection:
-    """Return what a sweep or a file of ranges says."""
+    """Return what a sweep, a file of ranges or a comparison says."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8")).keys()
     except (ValueError, AttributeError, RecursionError):
@@ -63,8 +63,10 @@ def inspect_json(path: Path) -> Inspection:
         return _ranges(path)
     if "found" in keys:
         return _sensitivity(path)
+    if "explanation" in keys:
+        return _comparison(path)
     raise ValueError(
-        f"Expected {str(path)!r} to be a sweep or ranges that lq saved, but it has the keys "
+        f"Expected {str(path)!r} to be a sweep, ranges or a comparison of lq, but it has the keys "
         f"{', '.join(list(keys)[:5]) or 'of neither'}; of an engine's sidecar name the engine."
     )
 
@@ -103,3 +105,19 @@ def _sensitivity(path: Path) -> Inspection:
         for row in found.ranked(format)
     ]
     return Inspection(str(path), "sensitivity", facts, rows)
+
+
+def _comparison(path: Path) -> Inspection:
+    from lq.comparison import Comparison  # which imports every engine
+
+    found = Comparison.load(path)
+    facts = {
+        "model": found.model,
+        "parameters": found.parameters,
+        "data": found.data,
+        "samples": found.n,
+        "target": found.target,
+        "on": found.hardware,
+    }
+    rows = [dict(zip(found.header(), found.cells(row), strict=True)) for row in found.measured]
+    return Inspection(str(path), "comparison", facts, rows)
