@@ -129,3 +129,22 @@ def test_refused_before_training(tmp_path):
         trainer(tmp_path, [EngineComparison("encoder")]).fit(autoencoder(), loader())
     with pytest.raises(RuntimeError, match="list it first"):
         fit(tmp_path, [EngineComparison(), Export(tmp_path / "m.onnx")])
+
+
+def test_it_comes_after_training(tmp_path):
+    """Before it, float and PTQ would be measured a step after the quantizers begin."""
+    callbacks = [EngineComparison(), QuantizationAwareTraining(calibration_batches=3)]
+    with pytest.raises(RuntimeError, match="QuantizationAwareTraining before EngineComparison"):
+        fit(tmp_path, callbacks)
+
+
+def test_of_several_loaders_the_first_is_measured(tmp_path):
+    class Lists(DigitsDataModule):
+        def test_dataloader(self):
+            return [super().test_dataloader()]
+
+    comparison = EngineComparison()
+    callbacks = [QuantizationAwareTraining(calibration_batches=3), comparison]
+    run = trainer(tmp_path, callbacks, max_epochs=1, limit_train_batches=6)
+    run.fit(digits_module(), datamodule=Lists())
+    assert comparison.rows["QAT"].n == 400
