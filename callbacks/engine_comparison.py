@@ -16,10 +16,9 @@ from torch import nn
 from lq.callbacks.export import Export
 from lq.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lq.callbacks.target import target_module
-from lq.engines import open_engine
-from lq.evaluation import Evaluation, comparison_table, evaluate, outcome_of
+from lq.evaluation import Evaluation, comparison_table, evaluate_outcome
 from lq.export import export_onnx
-from lq.files import written_whole
+from lq.files import write_text
 from lq.modes import quantizer_mode
 from lq.outcome import Outcome
 from lq.quantizer import Mode
@@ -28,6 +27,8 @@ from lq.surgery import dequantize, quantizers
 ORDER = ("float", "float file", "PTQ", "QAT", "fake-quant", "INT8 file", "INT8 engine")
 FINAL = ("final/top1", "final/drop", "final/size_mb", "final/latency_ms")
 """Names under which the last of them is logged, to sort runs by."""
+ONE_SAMPLE = ((1, 0),)
+"""What is timed: a batch of one, with the engine's own choice of threads."""
 
 
 class EngineComparison(L.Callback):
@@ -145,17 +146,18 @@ class EngineComparison(L.Callback):
         self._add("float file", path, trainer)
 
     def _add_float(self, target: nn.Module, trainer: L.Trainer) -> None:
+        self._float = None
         with quantizer_mode(target, Mode.BYPASS):
-            with torch.random.fork_rng(devices=[]):
-                self._float = outcome_of(open_engine(target), _batches(trainer), progress=False)
-            self._add("float", target, trainer)
+            self._float = self._add("float", target, trainer)
 
-    def _add(self, name: str, model: nn.Module | Path, trainer: L.Trainer) -> None:
-        reference = None if name == "float" else self._float
+    def _add(self, name: str, model: nn.Module | Path, trainer: L.Trainer) -> Outcome:
         with torch.random.fork_rng(devices=[]):  # measuring must not change the training
-            row = evaluate(model, _batches(trainer), reference=reference, progress=False)
+            row, outcome = evaluate_outcome(
+                model, _batches(trainer), ONE_SAMPLE, reference=self._float, progress=False
+            )
         self.rows[name] = row
         _log(trainer, f"comparison/{name}", row)
+        return outcome
 
     @staticmethod
     def _exported(trainer: L.Trainer) -> Export | None:
@@ -171,8 +173,10 @@ class EngineComparison(L.Callback):
         print(_slower_than_float(rows), end="")
         if exported is not None:
             plain = {name: row.to_dict() for name, row in rows.items()}
-            with written_whole(exported.path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps({"data": data, "rows": plain}, indent=2))
+            write_text(
+                exported.path.with_suffix(".json"),
+                json.dumps({"data": data, "rows": plain}, indent=2),
+            )
             print(f"ONNX:        {exported.path}")
             print(f"Engine:      {exported.engine_path or 'none'}")
         for logger in trainer.loggers:

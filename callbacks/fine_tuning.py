@@ -122,7 +122,7 @@ def fine_tune(
         tuner.fit(trained, datamodule=data, ckpt_path=resumed, weights_only=True)
     if data is not None:
         data.trainer = before
-    model.load_state_dict(on_device_of(model, target.state_dict()))
+    model.load_state_dict(target.state_dict())
     return history.rows
 
 
@@ -140,6 +140,8 @@ def _whole(checkpoint: Path) -> str | None:
 
 def training_of(module: QuantModule, data: Any) -> str:
     """Return in words how a module would be trained."""
+    module = copy.deepcopy(module, {id(module._trainer): None})
+    module.zero_grad()  # so that steps, which move the schedule, change nothing
     found = module.configure_optimizers()
     optimizer, schedule = (
         (found["optimizer"], found["lr_scheduler"]["scheduler"])
@@ -177,9 +179,3 @@ def follow(target: nn.Module, model: nn.Module) -> None:
     assert recipe is not None
     quantize(dequantize(target), recipe)
     target.load_state_dict(model.state_dict())
-
-
-def on_device_of(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights on the device of a model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return {name: value.to(device) for name, value in weights.items()}

@@ -142,21 +142,21 @@ def evaluate(
         (0.667, 1.0, 3)
     """
     check_sizes(batch_sizes, threads)
-    return evaluate_outcome(model, batches, engine, reference, batch_sizes, threads, progress)[0]
+    settings = [(size, count) for count in threads for size in batch_sizes]
+    return evaluate_outcome(model, batches, settings, engine, reference, progress)[0]
 
 
 def evaluate_outcome(
     model: nn.Module | str | Path | Runner,
     batches: Iterable[Any],
+    settings: Sequence[tuple[int, int]],
     engine: str | None = None,
     reference: nn.Module | str | Path | Runner | Outcome | None = None,
-    batch_sizes: Sequence[int] = (1,),
-    threads: Sequence[int] = (0,),
     progress: bool = True,
 ) -> tuple[Evaluation, Outcome]:
     """Do what ``evaluate`` does, and return also what the model says of each sample.
 
-    Without `batch_sizes` nothing is timed, and the latency is NaN.
+    It is timed for `settings`: batch sizes, each with its threads. Without any the latency is NaN.
     """
     check_batches(batches)
     if reference is not None and not isinstance(reference, Outcome):
@@ -166,13 +166,12 @@ def evaluate_outcome(
     first = next(rest, None)
     if first is None:
         raise ValueError("Expected `batches` to hold at least one batch, but got none.")
-    asked = [(size, count) for count in threads for size in batch_sizes]
     with peak_memory() as peak:
-        runner = open_engine(model, engine, threads[0])
-        latencies = [_timed(runner, first, *setting) for setting in asked[:1]]
-        if not asked:
+        runner = open_engine(model, engine, settings[0][1] if settings else 0)
+        latencies = [_timed(runner, first, *setting) for setting in settings[:1]]
+        if not settings:
             outcome_of(runner, [first], progress=False)
-    for size, count in asked[1:]:
+    for size, count in settings[1:]:
         latencies.append(_timed(open_engine(model, engine, count), first, size, count))
     outcome = outcome_of(runner, chain([first], rest), progress)
     found = Evaluation(

@@ -29,7 +29,7 @@ from lq.export.engine import build_engine, find_builder
 from lq.export.onnxruntime_encoding import ENCODINGS
 from lq.export.owners import node_owners, owner_by_name
 from lq.export.to_onnx import trace
-from lq.files import check_file_path, written_whole
+from lq.files import check_file_path, write_text
 from lq.messages import one_line
 from lq.plan import PrecisionPlan
 from lq.samples import first_samples
@@ -109,8 +109,7 @@ def measure_latency(
             known |= {format: times} if times is not None else {}
     if cache is not None:
         stored.setdefault(hardware, {})[key] = known
-        with written_whole(cache) as temporary:
-            temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        write_text(cache, json.dumps(stored, indent=1))
     return _with_times(costs, known, engine, hardware)
 
 

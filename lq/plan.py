@@ -12,7 +12,7 @@ from torch import nn
 
 from lq.export.graph import load_graph
 from lq.export.plan import read_layers
-from lq.files import written_whole
+from lq.files import write_text
 from lq.formats import layer_format, layer_formats
 from lq.spec import FLOAT_LAYER, LayerSpec, Recipe
 from lq.surgery import quantizable_layers
@@ -97,8 +97,7 @@ class PrecisionPlan(Mapping[str, str]):
         default = Recipe().to_dict()
         rest = {k: v for k, v in Recipe.parse(base).to_dict().items() if v != default[k]}
         text = yaml.safe_dump({**rest, "plan": self._formats}, sort_keys=False)
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
 
 def _format(layer: Any) -> str:

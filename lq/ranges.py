@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.files import written_whole
+from lq.files import read_saved, write_text
 from lq.quantizer import Quantizer
 from lq.surgery import quantizers
 from lq.tables import aligned
@@ -123,8 +123,7 @@ class Ranges:
             "outputs": self.outputs,
             "ranges": {name: found.to_dict() for name, found in self.found.items()},
         }
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(plain, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Ranges:
@@ -134,21 +133,15 @@ class Ranges:
             FileNotFoundError: If there is no such file.
             ValueError: If it is not such a file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected ranges at {str(path)!r}, but there is no file.")
-        try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
-            if plain["version"] != VERSION:
-                raise ValueError(f"its version is {plain['version']}, not {VERSION}")
-            found = {name: Range.from_dict(r) for name, r in plain["ranges"].items()}
-            keys = ("model_sha256", "data_sha256", "calibrator", "outputs")
-            return cls(found, *(plain[key] for key in keys))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"Expected {str(path)!r} to hold ranges that lq saved, but it cannot be read: "
-                f"{error}; delete it to calibrate again."
-            ) from None
+        return read_saved(path, "ranges", cls._from_dict, "delete it to calibrate again")
+
+    @classmethod
+    def _from_dict(cls, plain: dict[str, Any]) -> Ranges:
+        if plain["version"] != VERSION:
+            raise ValueError(f"its version is {plain['version']}, not {VERSION}")
+        found = {name: Range.from_dict(r) for name, r in plain["ranges"].items()}
+        keys = ("model_sha256", "data_sha256", "calibrator", "outputs")
+        return cls(found, *(plain[key] for key in keys))
 
     def check(self, path: str | Path, model: str, data: str, calibrator: str) -> None:
         """Raise a ``ValueError`` unless the ranges are of this model, these data, this calibrator.

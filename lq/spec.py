@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lq.files import written_whole
+from lq.files import write_text
 from lq.formats import FORMATS, check_format, layer_formats
 from lq.gemm import is_small
 from lq.messages import check_keys, suggest
@@ -308,8 +308,7 @@ class Recipe:
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe to a YAML file that ``from_yaml`` reads back."""
         text = yaml.safe_dump(_without_none(self.to_dict()), sort_keys=False)
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

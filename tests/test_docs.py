@@ -62,3 +62,4 @@ def test_readme_has_two_complete_commands() -> None:
     assert all(command.count("\n") == 1 for command in commands)
     assert "lq fit" in commands[0]
     assert "pytest" in commands[1]
+    assert commands[1].strip() in (ROOT / ".ci/run").read_text()

@@ -12,28 +12,18 @@ from onnx import numpy_helper, parser
 from torch import nn
 
 import lq
-from lq.data import DigitsDataModule
 from lq.engines import open_engine
 from lq.engines.clipping import calibrated_inputs
 from lq.engines.drift import Drift
 from lq.engines.window import Window
-from lq.models import digits_cnn
+from tests.digits import trained_digits
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A trained net, float and quantized, its ONNX file, and images to run."""
-    torch.manual_seed(0)
-    data, model = DigitsDataModule(), digits_cnn()
-    data.setup("fit")
-    data.setup("test")
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(4):
-        for x, target in data.train_dataloader():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), target).backward()
-            optimizer.step()
-    quantized = lq.quantize(copy.deepcopy(model.eval()), "tensorrt_int8")
+    model, data = trained_digits(epochs=4)
+    quantized = lq.quantize(copy.deepcopy(model), "tensorrt_int8")
     lq.calibrate(quantized, data.calibration_dataloader(), progress=False)
     paths = {}
     for target in ("tensorrt", "onnxruntime"):

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import lq
 from lq.data import DigitsDataModule
-from lq.models import digits_cnn
+from tests.digits import trained_digits
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,15 +25,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def digits(tmp_path):
     """The ONNX file of a trained net in int8, and that of the same in float."""
-    torch.manual_seed(0)
-    data, model = DigitsDataModule(), digits_cnn()
-    data.setup("fit")
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(3):
-        for x, target in data.train_dataloader():
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), target).backward()
-            optimizer.step()
+    model, data = trained_digits(epochs=3)
+    x = next(iter(data.val_dataloader()))
     paths = tmp_path / "int8.onnx", tmp_path / "float.onnx"
     lq.export_onnx(model, x, paths[1])
     lq.calibrate(lq.quantize(model, "tensorrt_int8"), data.calibration_dataloader(), progress=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lq.files import written_whole
+from lq.files import write_text
 
 Plain = dict[str, Any]
 BEGUN = "begun.json"
@@ -40,8 +40,7 @@ def kept(
     if stored.get("key") == key and lasts(stored["kept"]):
         return dict(stored["kept"])
     made = make()
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps({"key": key, "kept": made}), encoding="utf-8")
+    write_text(path, json.dumps({"key": key, "kept": made}))
     return made
 
 

@@ -114,7 +114,7 @@ class Lab:
         run = made.model if file is None else file
         engine = None if file is None else self.deployment.engine_of(file)
         evaluation, outcome = evaluate_outcome(
-            run, self.test, engine, self.outcome, (), progress=self.maker.progress
+            run, self.test, (), engine, self.outcome, self.maker.progress
         )
         if self.outcome is None:
             self.outcome = outcome

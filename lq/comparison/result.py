@@ -15,7 +15,7 @@ from lq.comparison.explained import Explanation
 from lq.comparison.row import Row, unpack
 from lq.comparison.speed import Setting
 from lq.costs import Costs
-from lq.files import written_whole
+from lq.files import read_saved, write_text
 from lq.paired import Drop, paired_drop
 from lq.sensitivity import Sensitivity
 from lq.tables import aligned
@@ -164,8 +164,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> None:
         """Write everything to a JSON file."""
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
@@ -176,14 +175,4 @@ class Comparison:
             ValueError: If it is not such a file.
         """
         path = Path(path) / "comparison.json" if Path(path).is_dir() else Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"Expected a comparison at {str(path)!r}, but there is no file."
-            )
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"Expected {str(path)!r} to hold a comparison that lq saved, but it cannot be "
-                f"read: {error}; compare again."
-            ) from None
+        return read_saved(path, "a comparison", cls.from_dict, "compare again")

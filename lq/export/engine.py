@@ -24,7 +24,7 @@ from lq.export.inspector import (
 )
 from lq.export.plan import read_plan
 from lq.export.shapes import IMAGE_AXES
-from lq.files import sha256, written_whole
+from lq.files import sha256, write_text, written_whole
 
 log = logging.getLogger(__name__)
 BUILDERS = ("tensorrt", "tensorrt_rtx")
@@ -191,8 +191,7 @@ def build_engine(
             size_mb=len(plan) / 1e6,
             build_s=time.perf_counter() - started,
         )
-        with written_whole(EngineInfo.path_of(path)) as sidecar:
-            sidecar.write_text(json.dumps(asdict(info), indent=2))
+        write_text(EngineInfo.path_of(path), json.dumps(asdict(info), indent=2))
     build.save_timing_cache(timing)
     return info
 

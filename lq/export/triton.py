@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lq.export.engine import EngineInfo
 from lq.export.graph import load_graph
-from lq.files import sha256, written_whole
+from lq.files import sha256, write_text, written_whole
 from lq.messages import suggest
 
 TYPES = {
@@ -109,8 +109,7 @@ def triton_repository(
     # The file first: what a server finds beside a config must be there.
     with written_whole(target / str(version) / f"model.{'plan' if is_engine else 'onnx'}") as file:
         shutil.copyfile(path, file)
-    with written_whole(target / "config.pbtxt") as config:
-        config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(target / "config.pbtxt", "\n".join(lines) + "\n")
     return target
 
 

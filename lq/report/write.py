@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lq.comparison import Comparison
-from lq.files import written_whole
+from lq.files import write_text
 from lq.plots import save_figure
 from lq.report.choosing import check_use
 from lq.report.content import sections
@@ -43,12 +43,7 @@ def write_report(
         figure = picture.draw(theme="light")
         for ending in ("png", "svg"):
             save_figure(figure, folder / "plots" / f"{picture.name}.{ending}")
-    _write(folder / "report.md", to_markdown(title, parts))
-    _write(folder / "report.html", to_html(title, lead, parts))
+    write_text(folder / "report.md", to_markdown(title, parts))
+    write_text(folder / "report.html", to_html(title, lead, parts))
     comparison.save(folder / "comparison.json")
     return folder / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from torch import nn
 
 from lq.costs import Costs
 from lq.digest import model_digest
-from lq.files import written_whole
+from lq.files import read_saved, write_text, written_whole
 from lq.messages import suggest
 from lq.sensitivity.measures import PARTS, Measures
 from lq.sensitivity.plain import csv_line, measures_from, to_plain
@@ -198,8 +198,7 @@ class Sensitivity:
 
     def to_json(self, path: str | Path) -> None:
         """Write everything to a JSON file that ``from_json`` reads back."""
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, and a CSV file beside it."""
@@ -214,16 +213,7 @@ class Sensitivity:
             FileNotFoundError: If there is no such file.
             ValueError: If it is not such a file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"Expected a sweep at {str(path)!r}, but there is no file.")
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"Expected {str(path)!r} to hold a sweep that lq saved, but it cannot be read: "
-                f"{error}; sweep again."
-            ) from None
+        return read_saved(path, "a sweep", cls.from_dict, "sweep again")
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line for each unit, format and part, with recipe and hashes in each."""
