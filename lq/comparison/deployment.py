@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lq.export import build_engine, export_onnx
-from lq.export.engine import find_builder
-from lq.latency import hardware_name
+from lq.latency import engine_at_hand, hardware_name
 
 
 class Deployment:
@@ -26,7 +24,7 @@ class Deployment:
     """
 
     def __init__(self, target: str, largest: int) -> None:
-        builds = torch.cuda.is_available() and find_builder() is not None
+        builds = engine_at_hand() == "tensorrt"
         self.target, self.largest = target, largest
         self.builds = target == "tensorrt" and builds
         self.is_timed = target != "tensorrt" or builds
